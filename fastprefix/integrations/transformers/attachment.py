@@ -319,13 +319,13 @@ def _activate(model: Any, attachment: Attachment, name: str | None) -> None:
     reshard(model)  # FSDP2 discards changes to parameters that it has gathered
     former = attachment.active
     try:
-        _exchange(model, attachment, name)
+        _switch(model, attachment, name)
     except BaseException:
-        _exchange(model, attachment, former)
+        _switch(model, attachment, former)
         raise
 
 
-def _exchange(model: Any, attachment: Attachment, name: str | None) -> None:
+def _switch(model: Any, attachment: Attachment, name: str | None) -> None:
     """Take the adapter in use off a model, and put another one on it. After an error, none is in use."""
     if attachment.active is not None:
         attachment.adapter.take_off(model)

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from ...methods import ADePT, PromptMethod
 from .attachment import get_attachment, use_adapter
+from .files.saving import CONFIG_FILE
 from .merging import NewTable, rewrite_table
 from .models.switching import evaluating
 from .prompts.prompt import PromptHooks, needs_ids
@@ -76,13 +77,19 @@ def export_merged_base(model: PreTrainedModel, directory: str | os.PathLike[str]
 
     Args:
         model: a decoder with ADePT in use that is not merged. It is not changed.
-        directory: the folder to write to.
+        directory: the folder to write to. It must not contain an adapter.
         options: keyword arguments of ``save_pretrained``.
 
     Raises:
-        ValueError: if another method is in use, or the model is not a decoder whose layers read only embeddings.
+        ValueError: if another method is in use, if the model is not a decoder whose layers read only embeddings, or if
+            the folder contains an adapter. Nothing is written.
     """
-    hooks = _get_prompt_hooks(model)
+    hooks, folder = _get_prompt_hooks(model), Path(directory)
+    if (folder / CONFIG_FILE).exists():
+        raise ValueError(
+            f"`directory` must be a separate folder, but '{directory}' contains an adapter, which from_pretrained "
+            "would read instead of the checkpoint. Pass another one."
+        )
     if not isinstance(hooks.method, ADePT):
         raise ValueError(
             f"`model` must have ADePT in use, but has {type(hooks.method).__name__}, which does not change the "
@@ -93,7 +100,7 @@ def export_merged_base(model: PreTrainedModel, directory: str | os.PathLike[str]
     with use_adapter(model, None):
         table.install(model)
         try:
-            model.save_pretrained(Path(directory), **options)
+            model.save_pretrained(folder, **options)
         finally:
             table.remove()
 

@@ -120,7 +120,7 @@ def _merge(model: PreTrainedModel, adapter: Adapter) -> None:
         with gathering_around(model, [method]):
             baked = method.baked()
         with _removing_hooks(model, adapter):
-            _exchange(model, adapter, baked, [_replace_method(hooks, baked)])
+            _put_on(model, adapter, baked, [_replace_method(hooks, baked)])
     else:
         raise ValueError(
             f"`model` must have something to merge, but {type(method).__name__} on the path "
@@ -231,7 +231,7 @@ def _merge_prefix(model: Any, adapter: Adapter, method: PrefixMethod) -> None:
         hooks = PrefixHooks(model, baked, find_method_layers(model, baked.config))
         if hooks.heads is not None:
             hooks.heads.distribute(baked)
-        _exchange(model, adapter, baked, [hooks])
+        _put_on(model, adapter, baked, [hooks])
 
 
 def _merge_rows(model: Any, adapter: Adapter, method: VisualMethod) -> None:
@@ -253,7 +253,7 @@ def _merge_rows(model: Any, adapter: Adapter, method: VisualMethod) -> None:
         layers = [found[module] for module in hooks.stack.attentions]
         prefix = PrefixTuning(config, [layer.shape for layer in layers])
         prefix.set_prefixes(pairs)
-        _exchange(model, adapter, prefix, [PrefixHooks(reader, prefix, layers)])
+        _put_on(model, adapter, prefix, [PrefixHooks(reader, prefix, layers)])
     if reader is not model or len(found) > len(layers):
         adapter.outside = "its prefix is only in the layers for images"
 
@@ -279,7 +279,7 @@ def _merge_shared_prompt(model: Any, adapter: Adapter, method: PromptMethod, hoo
         merged = MergedPromptHooks(model, prefix, layers, hooks, tuners)
         merged.longest = hooks.positions.by_length
         merged.parts = [*parts, merged]
-        _exchange(model, adapter, prefix, merged.parts)
+        _put_on(model, adapter, prefix, merged.parts)
     adapter.outside = _describe_outside(method)
     if merged.longest is not None and adapter.outside is None:
         adapter.outside = f"its keys are rotated for rows of up to {merged.longest} tokens only"
@@ -294,7 +294,7 @@ def _merge_table(model: Any, adapter: Adapter, method: ADePT, hooks: PromptHooks
             prompt.prompt = nn.Parameter(method.prompt.detach().clone())
     table = NewTable(hooks, rewrite_table(hooks))
     with _removing_hooks(model, adapter):
-        _exchange(model, adapter, prompt, [table, _replace_method(hooks, prompt)])
+        _put_on(model, adapter, prompt, [table, _replace_method(hooks, prompt)])
     adapter.outside = _describe_outside(method)
 
 
@@ -327,7 +327,7 @@ def _replace_method(hooks: PromptHooks, method: PromptMethod) -> PromptHooks:
     return copied
 
 
-def _exchange(model: Any, adapter: Adapter, method: PrefixMethod | PromptMethod, parts: list[Hooks]) -> None:
+def _put_on(model: Any, adapter: Adapter, method: PrefixMethod | PromptMethod, parts: list[Hooks]) -> None:
     """Replace the method, the configuration and the hooks of an adapter, and install the new hooks."""
     setattr(model, MODULE, method.eval())
     adapter.config, adapter.method = method.config, method

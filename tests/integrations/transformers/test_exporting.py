@@ -163,6 +163,15 @@ class TestErrors:
         with pytest.raises(ValueError, match="`model`"):
             fastprefix.export_prompt_embeds(models.decoder(), models.batch()["input_ids"])
 
+    def test_a_folder_with_an_adapter(self, tmp_path: Path) -> None:
+        """``from_pretrained`` would look for the adapter's base model instead of reading the checkpoint."""
+        model = attach(models.decoder(), "adept")
+        fastprefix.save_adapter(model, tmp_path)
+        before = sorted(tmp_path.iterdir())
+        with pytest.raises(ValueError, match="`directory` must be a separate folder"):
+            fastprefix.export_merged_base(model, tmp_path)
+        assert sorted(tmp_path.iterdir()) == before
+
     def test_merged_or_with_two_halves(self) -> None:
         model = attach(models.decoder(), "prompt")
         with pytest.raises(ValueError, match="`model`"):

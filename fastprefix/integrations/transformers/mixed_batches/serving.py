@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -31,16 +30,13 @@ from ..files.saving import fill, load_adapter, locate_adapter, read_adapter
 from ..models.attention import Prefix
 from ..models.switching import evaluating, find_device
 from ..models.tuners import find_base_model
-from ..prefixes.initial import PrefixState
+from ..prefixes.initial import PrefixSource, PrefixState
 from ..prompts.shared_prompt import SharedPromptHooks
 from ..sharding.fully_sharded import gathering_around, is_fully_sharded
 from ..sharding.tensor_parallel import TensorParallelHeads, gather_full_tensor
 from .mixed_call import BASE, Part, compute_prefixes
 from .routing import Routing, find_reason_against, make_part
 from .span_store import KeyedPrefix
-
-Source = str | os.PathLike[str] | PrefixState
-"""A file or directory of an adapter, or a prefix in memory."""
 
 _LOADING = "__loading__"
 
@@ -113,7 +109,7 @@ class AdapterStore:
     def __repr__(self) -> str:
         return f"AdapterStore({len(self)} adapters, {self.tokens:,} tokens, {self.nbytes / 2**20:,.1f} MiB)"
 
-    def load(self, name: str, source: Source) -> None:
+    def load(self, name: str, source: PrefixSource) -> None:
         """Load an adapter, or replace the stored adapter of that name.
 
         Key/value caches can be continued when the same adapter is loaded again, but not with another one.
@@ -132,7 +128,7 @@ class AdapterStore:
         """
         self.load_after(name, source, lambda length: None)
 
-    def load_after(self, name: str, source: Source, make_room: Callable[[int], None]) -> None:
+    def load_after(self, name: str, source: PrefixSource, make_room: Callable[[int], None]) -> None:
         """Load an adapter after calling ``make_room`` with its number of tokens."""
         if not isinstance(name, str):
             raise TypeError(f"`name` must be a string, but is {type(name).__name__}.")
@@ -199,7 +195,7 @@ class AdapterStore:
                 raise ValueError("`model` was detached, which dropped this store. Create a new AdapterStore.")
             yield
 
-    def _read(self, name: str, source: Source) -> tuple[Part, Mapping[nn.Module, KeyedPrefix]]:
+    def _read(self, name: str, source: PrefixSource) -> tuple[Part, Mapping[nn.Module, KeyedPrefix]]:
         """Return an adapter, and its keys and values by attention module."""
         if isinstance(source, PrefixState):
             return self._read_state(name, source)
@@ -229,7 +225,7 @@ class AdapterStore:
         )
         return self._finish(part)
 
-    def _attach_for_a_moment(self, name: str, source: Source) -> tuple[Part, Mapping[nn.Module, KeyedPrefix]]:
+    def _attach_for_a_moment(self, name: str, source: PrefixSource) -> tuple[Part, Mapping[nn.Module, KeyedPrefix]]:
         """Return an adapter by attaching it temporarily, to compare PEFT's prefixes and to run prompts."""
         assert not isinstance(source, PrefixState)
         former = get_active_name(self.model)
@@ -317,7 +313,9 @@ class ResidentAdapters:
         ValueError: if ``tokens`` is less than 1.
     """
 
-    def __init__(self, store: AdapterStore, read: Callable[[str], Source] | Mapping[str, Source], tokens: int) -> None:
+    def __init__(
+        self, store: AdapterStore, read: Callable[[str], PrefixSource] | Mapping[str, PrefixSource], tokens: int
+    ) -> None:
         check_positive("tokens", tokens)
         self.store = store
         self.read = read

@@ -19,11 +19,8 @@ from ..models.tuners import find_base_model
 from ..sharding.fully_sharded import is_fully_sharded, reshard
 from ..sharding.partitioned import gathering_modules
 from ..sharding.tensor_parallel import TensorParallelHeads, write_whole
-from .initial import PrefixState
+from .initial import PrefixSource, PrefixState
 from .prefix import PrefixHooks
-
-Source = str | os.PathLike[str] | PrefixState
-"""A file or directory of a prefix, or a prefix in memory."""
 
 
 def compose(model: Model, names: Sequence[str], *, name: str, trainable: Sequence[str] | None = None) -> Model:
@@ -104,7 +101,7 @@ def _list_parts(adapter: Adapter) -> list[tuple[PrefixTuning, bool]]:
     return [(adapter.method, True)]
 
 
-def swap_prefix(model: nn.Module, sources: Source | Sequence[Source], *, name: str | None = None) -> None:
+def swap_prefix(model: nn.Module, sources: PrefixSource | Sequence[PrefixSource], *, name: str | None = None) -> None:
     """Replace the keys and values of a prefix in place, without attaching, checking or compiling anything again.
 
     Use it to change a prefix between calls, such as the document that is served or the distractors in front of a prefix
@@ -130,7 +127,7 @@ def swap_prefix(model: nn.Module, sources: Source | Sequence[Source], *, name: s
     if method.config.softmax != "joint":
         raise ValueError('`name` must be an adapter with softmax="joint", since its gates belong to its keys.')
     refuse_partitioned(base := find_base_model(model))
-    given: Sequence[Source] = [sources] if isinstance(sources, str | os.PathLike | PrefixState) else sources
+    given: Sequence[PrefixSource] = [sources] if isinstance(sources, str | os.PathLike | PrefixState) else sources
     states = [each if isinstance(each, PrefixState) else read_prefix(model, each) for each in given]
     _check_sources(method, states)
     if is_fully_sharded(base):

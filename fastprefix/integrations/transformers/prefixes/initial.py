@@ -5,6 +5,7 @@ A decoder processes a long text in pieces with a key/value cache. It needs memor
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -73,6 +74,10 @@ class PrefixState:
         pairs = [(key.pin_memory(), value.pin_memory()) for key, value in self.pairs]
         biases = None if self.biases is None else [bias.pin_memory() for bias in self.biases]
         return replace(self, pairs=pairs, biases=biases)
+
+
+PrefixSource = str | os.PathLike[str] | PrefixState
+"""A file or directory of an adapter, or a prefix in memory."""
 
 
 def make_initial_prefix(
