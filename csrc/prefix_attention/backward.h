@@ -7,6 +7,7 @@
 // sums, which are added afterwards in the order of the slots.
 #pragma once
 
+#include <array>
 #include <numeric>
 
 #include "few.h"
@@ -30,19 +31,23 @@ struct AttentionGradients {
 template <class A>
 struct Normalizers {
   A *m, *inverse;  // [kQueries]
+  bool large = false;  // a query has a large m (see kLarge)
 
   void take(Arena& arena) {
     m = arena.take<A>(kQueries);
     inverse = arena.take<A>(kQueries);
   }
 
-  // Queries that see nothing (l is 0), and queries past `count`, get probabilities of 0.
   void read(const A* saved_m, const A* saved_l, int64_t count) {
-    for (int64_t i = 0; i < kQueries; ++i) {
-      bool sees = i < count && saved_l[i] != 0;
-      m[i] = sees ? saved_m[i] : std::numeric_limits<A>::infinity();  // exp(score - inf) is 0 for every score
-      inverse[i] = sees ? A(1) / saved_l[i] : A(0);
-    }
+    large = false;
+    for (int64_t i = 0; i < kQueries; ++i) set(i, i < count ? saved_m[i] : A(0), i < count ? saved_l[i] : A(0));
+    for (int64_t i = 0; i < count; ++i) large |= any<A>(is_large<A>(splat(saved_m[i])));
+  }
+
+  // Set the numbers of a query. One that sees nothing (l is 0) gets probabilities of 0.
+  void set(int64_t i, A reference, A l) {
+    m[i] = l != 0 ? reference : std::numeric_limits<A>::infinity();  // exp(score - inf) is 0 for every score
+    inverse[i] = l != 0 ? A(1) / l : A(0);
   }
   Vec<A> probability(Vec<A> s, int64_t c) const { return exp(s - load(m + c)) * load(inverse + c); }
 };
@@ -146,8 +151,9 @@ class AttentionBackward {
 
   bool several_tiles() const { return !several_ranges() && !tile(begin_).whole(); }
 
-  // The number of elements that a block of queries keeps between tiles: delta, prefix_delta and dq.
-  int64_t kept_size() const { return (2 + (needs_.query ? p_.D : 0)) * kQueries; }
+  // The number of elements that a block of queries keeps between tiles: kKept arrays of one number per query, and dq.
+  static constexpr int64_t kKept = 4;
+  int64_t kept_size() const { return (kKept + (needs_.query ? p_.D : 0)) * kQueries; }
 
   void allocate_sums() {
     if (needs_.prefix_gate && p_.gate_differs_by_query) {
@@ -360,21 +366,22 @@ class AttentionBackward {
       bias_sums = f.bias_sums_.rows.defined() ? f.bias_sums_.row(slot, item) : nullptr;
       prepare(queries);
       if (range.first) {
-        if (needs.scores() && needs_deltas(queries)) find_deltas(queries);
+        if (gathers()) find_references(queries);
+        if (gathers() || (needs.scores() && needs_deltas(queries))) find_deltas(queries);
         if (needs.output_gate) *block_sum(f.gradients_.output_gate_sums, queries) = total(prefix_delta, queries);
         if (needs.sinks) differentiate_sink(queries);
         if (needs.query) std::fill_n(dq, p.D * kQueries, A(0));
-        if (!range.last) keep_deltas(kept);
+        if (!range.last) keep(kept);
       } else {
-        recall_deltas(kept);
-        if (needs.query) std::copy_n(kept + 2 * kQueries, p.D * kQueries, dq);
+        recall(kept);
+        if (needs.query) std::copy_n(kept + kKept * kQueries, p.D * kQueries, dq);
       }
       if (range.first && needs.whole_prefix()) add_prefix(queries, 0, p.frozen, prefix);
       if (needs.prefix()) add_prefix(queries, range.begin, range.end, prefix);
       if (range.first && needs.tokens())
         for_tokens(queries, [&](auto block) { add_block(queries, block, tokens, needs.key, needs.value); });
       if (needs.query && range.last) write_dq(queries);
-      if (needs.query && !range.last) std::copy_n(dq, p.D * kQueries, kept + 2 * kQueries);
+      if (needs.query && !range.last) std::copy_n(dq, p.D * kQueries, kept + kKept * kQueries);
     }
 
     // Return true if delta must be computed from the probabilities (see find_deltas).
@@ -383,13 +390,37 @@ class AttentionBackward {
       return p.separate() || keys <= kFewKeys || p.N <= kFewQueries || p.D <= kFewColumns;
     }
 
-    void keep_deltas(A* kept) const {
-      std::copy_n(delta, kQueries, kept);
-      std::copy_n(prefix_delta, kQueries, kept + kQueries);
+    // Return true if the forward pass may have computed the prefix's scores by other products (see find_crowds). Their
+    // rounding differs, so the saved m and l are not those of this pass's scores.
+    bool gathers() const { return p.N <= kFew && p.shared_prefix; }
+
+    // Compute the references from this pass's scores, instead of the saved ones. find_deltas then computes l.
+    void find_references(const QueryBlock& queries) {
+      constexpr A kNone = -std::numeric_limits<A>::infinity();
+      std::fill_n(tokens_by.m, kQueries, p.sinks ? static_cast<A>(*p.sinks.at(queries.h)) : kNone);
+      std::fill_n(prefix_by.m, kQueries, kNone);
+      Normalizers<A>& of_prefix_by = p.separate() ? prefix_by : tokens_by;
+      for_prefix(queries, 0, p.P, [&](auto block) { raise(queries, block, of_prefix_by); });
+      for_tokens(queries, [&](auto block) { raise(queries, block, tokens_by); });
+      for (Normalizers<A>* by : {&tokens_by, &prefix_by})
+        for (int64_t i = 0; i < kQueries; ++i)
+          by->set(i, by->m[i], i < queries.count && by->m[i] != kNone ? A(1) : A(0));
     }
-    void recall_deltas(const A* kept) {
-      std::copy_n(kept, kQueries, delta);
-      std::copy_n(kept + kQueries, kQueries, prefix_delta);
+
+    // Raise the references to the largest scores of a block.
+    void raise(const QueryBlock& queries, const Columns& columns, Normalizers<A>& by) {
+      score_block(queries, columns, false);
+      for (const Strip& strip : strips)
+        for (int64_t c = strip.column; c < strip.column + strip.columns; c += kLanes<A>)
+          store(by.m + c, maximum<A>(load(by.m + c), largest_score(strip, s.values, p.scale, c)));
+    }
+
+    std::array<A*, kKept> list_kept() const { return {delta, prefix_delta, tokens_by.inverse, prefix_by.inverse}; }
+    void keep(A* kept) const {
+      for (const A* numbers : list_kept()) kept = std::copy_n(numbers, kQueries, kept);
+    }
+    void recall(const A* kept) {
+      for (A* numbers : list_kept()) std::copy_n(kept, kQueries, numbers), kept += kQueries;
     }
 
     // Add the gradients of the prefix keys [from, to) of the store, limited to the span of the queries' row.
@@ -419,19 +450,19 @@ class AttentionBackward {
     void prepare(const QueryBlock& queries) {
       const T* q_at = p.q.at(queries.b, queries.h, queries.first);
       const T* do_at = f.do_.at(queries.b, queries.h, queries.first);
-      int64_t qs = p.q.strides[2], ds_ = f.do_.strides[2];
+      int64_t q_stride = p.q.strides[2], do_stride = f.do_.strides[2];
       if (queries.count <= kFew) {
-        pack_few(q_at, qs, queries.count, p.D, few_q);
-        pack_few(do_at, ds_, queries.count, p.Dv, few_do);
+        pack_few(q_at, q_stride, queries.count, p.D, few_q);
+        pack_few(do_at, do_stride, queries.count, p.Dv, few_do);
       } else {
-        pack_transposed<Manner>(q_at, qs, queries.count, p.D, q, kQueries);
-        pack_transposed<Manner>(do_at, ds_, queries.count, p.Dv, dout, kQueries);
-        if (needs.key || needs.prefix_key) pack_vectors<Manner>(q_at, qs, queries.count, p.D, q_rows);
-        if (needs.value || needs.prefix_value) pack_vectors<Manner>(do_at, ds_, queries.count, p.Dv, do_rows);
+        pack_transposed<Manner>(q_at, q_stride, queries.count, p.D, q, kQueries);
+        pack_transposed<Manner>(do_at, do_stride, queries.count, p.Dv, dout, kQueries);
+        if (needs.key || needs.prefix_key) pack_vectors<Manner>(q_at, q_stride, queries.count, p.D, q_rows);
+        if (needs.value || needs.prefix_value) pack_vectors<Manner>(do_at, do_stride, queries.count, p.Dv, do_rows);
       }
       const T* o_at = f.o_.at(queries.b, queries.h, queries.first);
       for (int64_t i = 0; i < kQueries; ++i)
-        delta[i] = i < queries.count ? inner(do_at + i * ds_, o_at + i * f.o_.strides[2]) : A(0);
+        delta[i] = i < queries.count ? inner(do_at + i * do_stride, o_at + i * f.o_.strides[2]) : A(0);
       read_normalizers(queries, 0, tokens_by);
       if (p.separate()) read_normalizers(queries, 1, prefix_by);
     }
@@ -449,8 +480,8 @@ class AttentionBackward {
 
     // Compute delta from the probabilities instead of the output. The output is not accurate enough if it is the sum of
     // two softmaxes, since its rounding hides the smaller one. It is not accurate enough for few keys either, since
-    // <do, v> - delta cancels until mostly rounding errors are left. Deltas are divided by the actual sum of the
-    // probabilities. Otherwise a row with only one key would have nonzero gradients.
+    // <do, v> - delta cancels until mostly rounding errors are left. Deltas and probabilities are divided by the actual
+    // sum of the probabilities. Otherwise a row with only one key would have nonzero gradients.
     void find_deltas(const QueryBlock& queries) {
       bool separate = p.separate();
       A *of_prefix = separate ? prefix_delta : delta, *prefix_mass = separate ? prefix_masses : masses;
@@ -462,8 +493,8 @@ class AttentionBackward {
       if (!separate || needs.tokens() || needs.sinks)
         for_tokens(queries, [&](auto block) { add_delta(queries, block, tokens_by, delta, masses); });
       for (int64_t i = 0; i < queries.count; ++i) {
-        if (masses[i] != 0) delta[i] /= masses[i];
-        if (prefix_masses[i] != 0) prefix_delta[i] /= prefix_masses[i];
+        if (masses[i] != 0) delta[i] /= masses[i], tokens_by.inverse[i] /= masses[i];
+        if (prefix_masses[i] != 0) prefix_delta[i] /= prefix_masses[i], prefix_by.inverse[i] /= prefix_masses[i];
       }
     }
 
@@ -524,6 +555,7 @@ class AttentionBackward {
           });
         make_scores(p, f.band_, queries, columns, strip, gate, seen, s.values, slopes);
       }
+      if (of_softmax(queries, columns).by.large) apply_scale(p, strips, s.values);
       return gate;
     }
 

@@ -42,34 +42,25 @@ struct Softmax {
   static Vec<A> shift(Vec<A> m) { return m == -std::numeric_limits<A>::infinity() ? Vec<A>{} : m; }
 
   // Raise the reference to the largest of the strips' scores, and rescale the sums. This waits until a score exceeds
-  // the reference by more than kSlack, since e^kSlack overflows nothing and rescaling costs a pass over o.
-  void raise(const std::vector<Strip>& strips, const A* s, A scale, int64_t columns, int64_t Dv) {
+  // the reference by more than kSlack, since rescaling costs a pass over o, and e^kSlack overflows only sums of values
+  // above 1e31. Return true if a largest score is large (see kLarge).
+  bool raise(const std::vector<Strip>& strips, const A* s, A scale, int64_t columns, int64_t Dv) {
     constexpr A kSlack = 8;
+    bool large = false;
     for (int64_t c = 0; c < columns; c += kLanes<A>) {
       Vec<A> old = load(m + c), highest = old;
       for (const Strip& strip : strips)
         if (strip.column <= c && c < strip.column + strip.columns) {
-          Vec<A> largest = column_maximum(s + strip.row * kQueries + c, strip.rows);
-          highest = maximum<A>(highest, strip.unscaled ? largest * scale : largest);
+          highest = maximum<A>(highest, largest_score(strip, s, scale, c));
         }
+      large |= any<A>(is_large<A>(highest));
       if (!any<A>(highest > old + kSlack)) continue;
       Vec<A> factor = exp(old - shift(highest));
       store(m + c, highest);
       store(l + c, load(l + c) * factor);
       for (int64_t d = 0; d < Dv; ++d) store(o + d * kQueries + c, load(o + d * kQueries + c) * factor);
     }
-  }
-
-  static Vec<A> column_maximum(const A* s, int64_t rows) {
-    Vec<A> a = load(s), b = a, c = a, d = a;
-    for (; rows >= 4; rows -= 4, s += 4 * kQueries) {
-      a = maximum<A>(a, load(s));
-      b = maximum<A>(b, load(s + kQueries));
-      c = maximum<A>(c, load(s + 2 * kQueries));
-      d = maximum<A>(d, load(s + 3 * kQueries));
-    }
-    for (; rows > 0; --rows, s += kQueries) a = maximum<A>(a, load(s));
-    return maximum<A>(maximum<A>(a, b), maximum<A>(c, d));
+    return large;
   }
 };
 
@@ -232,11 +223,11 @@ class AttentionForward {
         const A* sums = f.sums_of(crowd, queries.hkv, (row * p.G + queries.h % p.G) * p.N + queries.first + i);
         A m = softmax.m[i];
         for (int64_t part = 0; part < parts; ++part) m = std::max(m, sums[part * size]);
-        if (m == -std::numeric_limits<A>::infinity()) continue;
-        softmax.l[i] *= power(softmax.m[i] - m);
+        A reference = Softmax<A>::shift(splat(m))[0];  // also if all scores are NaN, which leave m at -inf
+        softmax.l[i] *= power(softmax.m[i] - reference);
         softmax.m[i] = m;
         for (int64_t part = 0; part < parts; ++part, sums += size) {
-          A factor = power(sums[0] - m);
+          A factor = power(sums[0] - reference);
           softmax.l[i] += factor * sums[1];
           for (int64_t d = 0; d < p.Dv; ++d) softmax.o[d * kQueries + i] += factor * sums[2 + d];
         }
@@ -272,7 +263,8 @@ class AttentionForward {
       if (p.drops) keep_factors(p, queries, columns.first, columns.rows, !of_prefix, keeps);
       score(queries, columns);
       for (Strip& strip : strips) make_scores(p, f.band_, queries, columns, strip, gate, seen, s.values);
-      softmax.raise(strips, s.values, p.scale, round_up(queries.count, kLanes<A>), p.Dv);
+      if (softmax.raise(strips, s.values, p.scale, round_up(queries.count, kLanes<A>), p.Dv))
+        apply_scale(p, strips, s.values);
       bool as_pairs = Manner::pair == 2 && queries.count > kFew;
       for (const Strip& strip : strips)
         if (as_pairs) exponentiate_pairs(strip, gate, softmax);

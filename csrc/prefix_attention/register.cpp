@@ -70,8 +70,9 @@ std::vector<Tensor> list_results(const AttentionResults& results) {
   return given;
 }
 
-std::tuple<Tensor, Tensor> run_forward(const AttentionArguments& a) {
-  Tensor output = empty_heads(a.query, a.value.size(3));
+std::tuple<Tensor, Tensor> run_forward(const AttentionArguments& original) {
+  Tensor output = empty_heads(original.query, original.value.size(3));
+  AttentionArguments a = with_dense_rows(original);
   Tensor normalizers = empty(
       {a.output_gate ? 2 : 1, 2, a.query.size(0), a.query.size(1), a.query.size(2)},
       a.query.holds<double>() ? dtype_of<double>() : dtype_of<float>());
@@ -135,7 +136,7 @@ std::vector<Tensor> run_backward(
 
 std::tuple<torch::stable::Tensor, torch::stable::Tensor> forward(FASTPREFIX_PARAMETERS) {
   Finally released{[&] { FASTPREFIX_RELEASE }};
-  auto [output, normalizers] = run_forward(with_dense_rows(FASTPREFIX_COLLECTED));
+  auto [output, normalizers] = run_forward(FASTPREFIX_COLLECTED);
   return {output.owner(), normalizers.owner()};
 }
 
@@ -150,8 +151,8 @@ std::vector<torch::stable::Tensor> backward(
     FASTPREFIX_RELEASE
   }};
   return boxed(run_backward(
-      FASTPREFIX_COLLECTED, with_dense_rows(Tensor(grad_output)), Tensor(output), contiguous(Tensor(normalizers)),
-      read_needs(needs_grad)));
+      FASTPREFIX_COLLECTED, with_dense_rows(Tensor(grad_output)), with_dense_rows(Tensor(output)),
+      contiguous(Tensor(normalizers)), read_needs(needs_grad)));
 }
 
 }  // namespace

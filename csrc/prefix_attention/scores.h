@@ -191,10 +191,51 @@ void find_strips(
   seen_strips(seen, queries, columns.rows, kLanes<A>, strips);
 }
 
+// A score is large if half a unit in its last place is 1/16 or more. The softmax's reference is the largest score after
+// rounding. If the code that reads the scores multiplies them by the scale and subtracts the reference in one
+// instruction, it rounds only the result, so the largest score differs from the reference by up to half a unit. This
+// cancels in the normalization, but the exponentials of large scores would overflow, or be 0.
+template <class A>
+constexpr A kLarge = sizeof(A) == 4 ? A(0x1p20) : A(0x1p49);
+
+template <class A>
+inline auto is_large(Vec<A> score) {
+  auto high = score > kLarge<A>, low = score < -kLarge<A>, finite = score >= std::numeric_limits<A>::lowest();
+  return high | (low & finite);
+}
+
 // Return the factor by which the scores of a strip must still be multiplied.
 template <class T, class A>
 A scale_of(const AttentionProblem<T, A>& p, const Strip& strip) {
   return strip.unscaled ? p.scale : A(1);
+}
+
+// Return the largest scores of a strip in the columns from `column` on.
+template <class A>
+Vec<A> largest_score(const Strip& strip, const A* s, A scale, int64_t column) {
+  s += strip.row * kQueries + column;
+  int64_t rows = strip.rows;
+  Vec<A> a = load(s), b = a, c = a, d = a;
+  for (; rows >= 4; rows -= 4, s += 4 * kQueries) {
+    a = maximum<A>(a, load(s));
+    b = maximum<A>(b, load(s + kQueries));
+    c = maximum<A>(c, load(s + 2 * kQueries));
+    d = maximum<A>(d, load(s + 3 * kQueries));
+  }
+  for (; rows > 0; --rows, s += kQueries) a = maximum<A>(a, load(s));
+  Vec<A> largest = maximum<A>(maximum<A>(a, b), maximum<A>(c, d));
+  return strip.unscaled ? largest * scale : largest;
+}
+
+// Multiply the scores of unscaled strips by the scale, in place, so that they are rounded as the reference is.
+template <class T, class A>
+void apply_scale(const AttentionProblem<T, A>& p, std::vector<Strip>& strips, A* s) {
+  for (Strip& strip : strips) {
+    if (!strip.unscaled) continue;
+    for_vectors<A>(
+        strip, [&](int64_t r, int64_t c) { store(s + r * kQueries + c, load(s + r * kQueries + c) * p.scale); });
+    strip.unscaled = false;
+  }
 }
 
 // Turn the products in `s` [kKeys][kQueries] into scores, in place. `seen` is find_strips' result. If `slopes` is

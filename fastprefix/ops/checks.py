@@ -15,6 +15,8 @@ from torch.autograd import forward_ad
 
 Size = int | torch.SymInt
 
+_FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
 
 def describe(value: object) -> str:
     """Describe the value of an argument for an error message.
@@ -49,10 +51,18 @@ def check_tensor(name: str, value: object, requirement: str) -> None:
         raise wrong_type(name, value, f"a strided tensor, not layout {value.layout}: {requirement}")
 
 
+def check_tuple(name: str, value: object, length: int, requirement: str) -> None:
+    """Raise unless ``value`` is a tuple or list of ``length`` entries."""
+    if not isinstance(value, tuple | list):
+        raise wrong_type(name, value, requirement)
+    if len(value) != length:
+        raise ValueError(f"`{name}` must be {requirement}, got {len(value)} entries")
+
+
 def check_floating(name: str, value: Tensor, requirement: str) -> None:
     check_tensor(name, value, requirement)
-    if not value.is_floating_point():
-        raise wrong_type(name, value, f"{requirement}, floating point")
+    if value.dtype not in _FLOATING:
+        raise wrong_type(name, value, f"{requirement}, float32, float64, bfloat16 or float16")
 
 
 def check_integer(name: str, value: Tensor, requirement: str) -> None:
@@ -107,7 +117,7 @@ def apply_autocast(dtype: torch.dtype, cast: torch.dtype | None) -> torch.dtype:
 
 def check_dtype(name: str, value: Tensor, dtype: torch.dtype, of: str, cast: torch.dtype | None = None) -> None:
     if apply_autocast(value.dtype, cast) != apply_autocast(dtype, cast):
-        raise wrong_type(name, value, f"the dtype of {of} ({dtype})")
+        raise wrong_type(name, value, f"a tensor with the dtype of {of} ({dtype})")
 
 
 def needs_plain_operations() -> bool:
@@ -129,10 +139,10 @@ def can_read_values(values: Tensor) -> bool:
     """
     if values.device.type != "cpu" and os.environ.get("FASTPREFIX_CHECK_IDS") != "1":
         return False
-    return not (torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export() or _is_mapped(values))
+    return not (torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export() or is_mapped(values))
 
 
-def _is_mapped(x: Tensor) -> bool:
+def is_mapped(x: Tensor) -> bool:
     """Return whether ``vmap`` maps over a tensor, possibly outside of other transforms."""
     functorch = torch._C._functorch
     while functorch.is_functorch_wrapped_tensor(x):

@@ -89,6 +89,14 @@ def test_a_bias_with_a_gradient_is_served_by_eager_alone(name, monkeypatch):
             fastprefix.prefix_attention(**tensors, **{name: bias}, backend=other)
 
 
+def test_a_trained_bias_needs_eager_for_gradients_only():
+    case = AttentionCase()
+    tensors, bias = case.build(torch.float32).tensors, torch.zeros(case.N, case.M, requires_grad=True)
+    with torch.no_grad():
+        output = fastprefix.prefix_attention(**tensors, attn_mask=bias, backend="sdpa")
+    torch.testing.assert_close(output, fastprefix.prefix_attention(**tensors))
+
+
 ARGUMENTS = {"prefix_attention": AttentionArguments, "prompt_embedding": EmbeddingArguments}
 
 

@@ -223,9 +223,27 @@ def test_saved_tensors_are_inputs_output_and_normalizers(device, backend):
 
 
 @pytest.mark.parametrize("layout", ["BHND", "BNHD"])
-def test_the_output_is_laid_out_as_the_query(device, backend, layout):
+@pytest.mark.parametrize("step", [1, 2])
+def test_the_output_is_laid_out_as_the_query(device, backend, layout, step):
     t = AttentionCase(layout=layout).build(torch.float32, device).tensors
-    assert prefix_attention(**t, backend=backend).stride() == t["query"].stride()
+    query, expected = t["query"], t["query"].stride()
+    t["query"] = torch.empty_strided(query.shape, [step * stride for stride in expected], device=device).copy_(query)
+    assert prefix_attention(**t, backend=backend).stride() == expected
+
+
+@pytest.mark.parametrize("output_gate", [None, "1H"])
+def test_a_single_key_has_no_gradient(device, backend, output_gate):
+    t = leaves(AttentionCase(P=1, M=0, output_gate=output_gate), device)
+    output = prefix_attention(**t, backend=backend)
+    assert not torch.autograd.grad(output.square().sum(), t["prefix_key"])[0].any()
+
+
+@pytest.mark.parametrize("B", [1, 9])
+@pytest.mark.parametrize("M", [0, 4])
+def test_a_prefix_of_nan_is_seen(device, backend, B, M):
+    t = AttentionCase(B=B, N=1, M=M, P=96).build(torch.float32, device).tensors
+    t["prefix_key"].fill_(torch.nan)
+    assert prefix_attention(**t, backend=backend).isnan().all()
 
 
 def test_a_query_that_sees_nothing_is_zero(device, backend):

@@ -111,6 +111,8 @@ SHAPES += [
     {"B": 8, "N": 1, "M": 20, "P": 200, "sinks": True, "output_gate": "BH"},
     {"B": 8, "N": 1, "M": 20, "P": 200, "spans": "equal", "key_bias": "hT"},
     {"B": 8, "N": 2, "M": 20, "P": 200, "D": 13, "Dv": 7, "layout": "BNHD"},
+    {"B": 9, "N": 1, "M": 4, "P": 96, "scale": 12.5},  # with scores that two kinds of products round differently
+    {"B": 9, "N": 2, "M": 20, "P": 200, "scale": 12.5, "output_gate": "BH"},
     {
         "B": 12,
         "N": 1,
@@ -211,6 +213,22 @@ def test_unseen_rows_are_zero() -> None:
 def test_mask_of_the_least_number_averages(dtype: torch.dtype) -> None:
     """The least finite number in every element of a mask hides nothing, also for gradients."""
     assert_as_good(dtype, P=0, attn_mask=torch.full((33, 45), torch.finfo(dtype).min))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("size", [1e6, 1e10, 1e30])
+@pytest.mark.parametrize(("N", "P"), [(1, 5), (1, 100), (33, 5)])
+def test_large_scores(size: float, N: int, P: int, dtype: torch.dtype) -> None:
+    """Scores of any size give the value of the largest one, and finite gradients."""
+    tensors, _ = make(dtype, B=8, N=N, P=P, D=16)
+    grown = ("query", "key", "prefix_key")
+    tensors = {name: t * size**0.5 if name in grown else t for name, t in tensors.items()}
+    exact = run(fastprefix.reference.prefix_attention, tensors, {"scale": 0.3}, torch.float64)
+    results = run(fastprefix.prefix_attention, tensors, {"scale": 0.3}, dtype, backend="cpu")
+    assert all(result.isfinite().all() for result in results.values())
+    # Where float32 cannot tell the largest two scores apart, the result is between both values.
+    errors = (results["output"].double() - exact["output"]).abs().amax(-1)
+    assert (errors < (1e-2 if dtype is torch.bfloat16 else 1e-5)).double().mean() > 0.98
 
 
 @pytest.mark.parametrize("case", [{"gate": "B1P", "sinks": True}, {"output_gate": "1H", "gate": "P"}], ids=describe)

@@ -15,6 +15,7 @@ SPANS: dict[str, Any] = {"prefix_spans": Z(B, 2, dtype=torch.int64)}
 BAD: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("query no tensor", {"query": 1.0}, TypeError, "query"),
     ("query integer", {"query": Z(B, HQ, N, D, dtype=torch.int64)}, TypeError, "query"),
+    ("query float8", {"query": Z(B, HQ, N, D).to(torch.float8_e5m2)}, TypeError, "query"),
     ("query rank", {"query": Z(B, N, D)}, ValueError, "query"),
     ("query without head dimension", {"query": Z(B, HQ, N, 0)}, ValueError, "query"),
     ("query heads", {"query": Z(B, 3, N, D)}, ValueError, "query"),
@@ -80,10 +81,12 @@ BAD: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("segment_ids float", {"segment_ids": (Z(B, N), Z(B, M).long())}, TypeError, "segment_ids"),
     ("segment_ids shape", {"segment_ids": (Z(B, N).long(), Z(B, N).long())}, ValueError, "segment_ids"),
     ("softcap zero", {"softcap": 0.0}, ValueError, "softcap"),
+    ("softcap that float32 cannot represent", {"softcap": 1e-50}, ValueError, "softcap"),
     ("softcap text", {"softcap": "5"}, TypeError, "softcap"),
     ("sinks shape", {"sinks": Z(HKV)}, ValueError, "sinks"),
     ("sinks dtype", {"sinks": Z(HQ).double()}, TypeError, "sinks"),
     ("scale nan", {"scale": float("nan")}, ValueError, "scale"),
+    ("scale that float32 cannot represent", {"scale": 1e39}, ValueError, "scale"),
     ("scale text", {"scale": "1"}, TypeError, "scale"),
     ("dropout_p negative", {"dropout_p": -0.1}, ValueError, "dropout_p"),
     ("dropout_p above one", {"dropout_p": 1.1}, ValueError, "dropout_p"),
@@ -109,7 +112,7 @@ def test_an_integer_mask_is_told_what_to_become():
     tensors = (Z(B, HQ, N, D), Z(B, HKV, M, D), Z(B, HKV, M, DV), Z(HKV, P, D), Z(HKV, P, DV))
     with pytest.raises(TypeError, match=r"attn_mask\.bool\(\).*torch\.int64") as caught:
         fastprefix.prefix_attention(*tensors, attn_mask=Z(B, M, dtype=torch.int64))
-    assert "floating point" not in str(caught.value)
+    assert "float32" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -97,6 +97,27 @@ def test_autocast_is_the_same_in_a_transform(name: str) -> None:
     torch.testing.assert_close(found, wanted, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_sums_in_16_bits_are_float32(dtype: torch.dtype) -> None:
+    """The products of 100 times larger queries and keys exceed float16's range before they are scaled."""
+    t = AttentionCase(P=0, D=64).build(dtype).tensors
+    query, key = 100 * t["query"], 100 * t["key"]
+    found = torch.func.vmap(lambda x: prefix_attention(x[None], key[:1], t["value"][:1])[0])(query[:1])
+    torch.testing.assert_close(found, prefix_attention(query[:1], key[:1], t["value"][:1]))
+
+
+def test_spans_are_not_mapped() -> None:
+    case = AttentionCase(B=3, spans="own").build(torch.float32)
+    t, spans = case.tensors, case.options["prefix_spans"]
+    store = t["prefix_key"], t["prefix_value"]
+
+    def call(query: Tensor, key: Tensor, value: Tensor, spans: Tensor) -> Tensor:
+        return prefix_attention(query[None], key[None], value[None], *store, prefix_spans=spans[None])[0]
+
+    with pytest.raises(ValueError, match="`prefix_spans` must be the same in all calls"):
+        torch.func.vmap(call)(t["query"], t["key"], t["value"], spans)
+
+
 @pytest.mark.parametrize("transform", [torch.func.grad, lambda loss: lambda x: torch.func.jvp(loss, (x,), (x,))])
 def test_values_of_ids_are_checked(transform: Callable[..., Any]) -> None:
     ids, weight = torch.tensor([[1, -1]]), torch.randn(9, 4)

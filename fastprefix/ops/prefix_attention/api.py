@@ -1,5 +1,6 @@
 """The public function ``prefix_attention`` and the documentation of its arguments."""
 
+import torch
 from torch import Tensor
 
 from ..backends import choose
@@ -138,7 +139,7 @@ def prefix_attention(
     )
     arguments = canonicalize(given)
     if backend is None and needs_plain_operations():
-        return OPERATION.run_formulas(attend, arguments)
+        return OPERATION.run_formulas(_attend_as_accurately, arguments)
     name = choose(
         backend, query.device, OPERATION.refusals, arguments, _explain_eager_only(given), OPERATION.preferences
     )
@@ -146,10 +147,16 @@ def prefix_attention(
     return output
 
 
+def _attend_as_accurately(a: AttentionArguments) -> Tensor:
+    """Compute the formula in the dtype of the kernels' sums, and round the output to that of ``query``."""
+    wide = (x.to(a.accumulator) if isinstance(x, Tensor) and x.is_floating_point() else x for x in a)
+    return attend(AttentionArguments._make(wide)).to(a.query.dtype)
+
+
 def _explain_eager_only(given: AttentionArguments) -> str | None:
     """Return why only the eager backend supports a call, or None if the other backends may support it."""
     for name in EAGER_ALONE:
         tensor = getattr(given, name)
-        if tensor is not None and tensor.requires_grad:
+        if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
             return f"{name} requires a gradient, which only the eager backend computes"
     return None

@@ -22,6 +22,8 @@ _MASK = "a bool [B, M] key padding mask, or a bool or float mask that broadcasts
 _KEY_BIAS = "a tensor that broadcasts to [B, Hkv, P], or with prefix_spans to [Hkv, T]"
 SPANS = "an integer tensor [B, 2] with the start and length of each row's span in the store of prefixes"
 SEGMENTS = "a pair of integer tensors ([B, N] for the queries, [B, M] for the keys)"
+_OF_QUERIES = "an integer tensor [B, N] with the segment of each query"
+_OF_KEYS = "an integer tensor [B, M] with the segment of each token key"
 
 
 class AttentionArguments(NamedTuple):
@@ -46,10 +48,12 @@ class AttentionArguments(NamedTuple):
     ]
     sinks: Annotated[Tensor | None, Rule("[Hq]", gradient="every backend")]
     query_segments: Annotated[
-        Tensor | None, Rule("[1|B, 1|N]", dtype="integer", label="segment_ids[0]", requirement=SEGMENTS)
+        Tensor | None,
+        Rule("[1|B, 1|N]", dtype="integer", label="segment_ids[0]", requirement=_OF_QUERIES),
     ]
     key_segments: Annotated[
-        Tensor | None, Rule("[1|B, 1|M]", dtype="integer", label="segment_ids[1]", requirement=SEGMENTS)
+        Tensor | None,
+        Rule("[1|B, 1|M]", dtype="integer", label="segment_ids[1]", requirement=_OF_KEYS),
     ]
     prefix_spans: Annotated[Tensor | None, Rule("[B, 2]", dtype="integer", requirement=SPANS)]
     dropout_seed: Annotated[Tensor | None, Rule("[1]", dtype="integer")]

@@ -17,6 +17,9 @@ from .layout import allocate_gradient, allocate_heads
 from .spans import Span, read_spans, take_row
 from .visibility import find_visible_tokens
 
+_FEW_KEYS = 16
+"""Up to this many keys, all gradients are computed from the scores. The output's rounding errors do not average out."""
+
 
 def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     """Return the output [B, Hq, N, Dv] and the normalizers (``AttentionArguments.normalizers_shape``)."""
@@ -38,12 +41,12 @@ def backward(
     a = AttentionArguments(*arguments)
     needs = dict(zip(DIFFERENTIABLE, needs_grad, strict=True))
     asked = [name for name in DIFFERENTIABLE if needs[name]]
-    both = any(needs[name] for name in ("query", "key", "value", "attn_mask", "sinks"))
+    needs_tokens = any(needs[name] for name in ("query", "key", "value", "attn_mask", "sinks"))
     zeros: dict[str, Any] = {name: torch.zeros_like(getattr(a, name), dtype=a.accumulator) for name in asked}
     totals, spans = a._replace(**zeros), _read_spans(a)
     for (row, plane, rows), (total, _, _) in zip(_list_rows(a, spans), _list_rows(totals, spans), strict=True):
         gradients: dict[str, Tensor] = {}
-        if both:
+        if needs_tokens or row.prefix_key.shape[2] + row.key.shape[2] <= _FEW_KEYS:
             _differentiate_all(gradients, grad_output[rows], row, plane, needs)
         else:
             saved = (output[rows], normalizers[:, :, rows])

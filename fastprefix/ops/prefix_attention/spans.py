@@ -39,9 +39,12 @@ def find_longest(spans: list[Span]) -> int:
 def read_spans(a: AttentionArguments) -> list[Span]:
     """Return the rows' spans as numbers. On a device other than the CPU, this waits for the device.
 
-    Raises ``ValueError`` if a span is outside the store, or longer than ``prefix_gate`` or ``prefix_bias`` allow.
+    Raises ``ValueError`` if a span is outside the store, or longer than ``prefix_gate`` or ``prefix_bias`` allow, or if
+    ``vmap`` maps over the spans.
     """
     assert a.prefix_spans is not None
+    if checks.is_mapped(a.prefix_spans):
+        raise ValueError("`prefix_spans` must be the same in all calls of torch.func.vmap: pass it with in_dims=None")
     spans = [Span(*span) for span in a.prefix_spans.tolist()]
     store = a.prefix_key.shape[2]
     for row, (start, length) in enumerate(spans):

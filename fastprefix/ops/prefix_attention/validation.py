@@ -58,7 +58,9 @@ def collect_arguments(
     dropout_p: float = 0.0,
 ) -> AttentionArguments:
     """Collect a caller's arguments under their canonical names, without changing or checking them."""
-    query_segments, key_segments = (None, None) if segment_ids is None else _split_segments(segment_ids)
+    if segment_ids is not None:
+        checks.check_tuple("segment_ids", segment_ids, 2, SEGMENTS)
+    query_segments, key_segments = (None, None) if segment_ids is None else segment_ids
     return AttentionArguments(
         query=query,
         key=key,
@@ -297,6 +299,7 @@ def _check_no_prefix(given: AttentionArguments) -> int:
 
 def _check_options(given: AttentionArguments) -> None:
     window_size, softcap, scale = given.window_size, given.softcap, given.scale
+    limits = torch.finfo(given.accumulator)
     checks.check_flag("is_causal", given.is_causal)
     if window_size is not None:
         if isinstance(window_size, bool) or not isinstance(window_size, int | torch.SymInt):
@@ -305,26 +308,20 @@ def _check_options(given: AttentionArguments) -> None:
             raise checks.wrong_value("window_size", window_size, _WINDOW)
     if softcap is not None:
         checks.check_number("softcap", softcap, "a number above 0, or None")
-        if not 0.0 < softcap < math.inf:
-            raise checks.wrong_value("softcap", softcap, "a number above 0, or None")
+        if not limits.tiny <= softcap <= limits.max:
+            requirement = f"a number from {limits.tiny:.2g} to {limits.max:.2g}, or None"
+            raise checks.wrong_value("softcap", softcap, requirement)
     if scale is not None:
         checks.check_number("scale", scale, "a finite number, or None for 1/sqrt(D)")
-        if not -math.inf < scale < math.inf:
-            raise checks.wrong_value("scale", scale, "a finite number, or None for 1/sqrt(D)")
+        if not -limits.max <= scale <= limits.max:
+            requirement = f"a number from {-limits.max:.2g} to {limits.max:.2g}, or None for 1/sqrt(D)"
+            raise checks.wrong_value("scale", scale, requirement)
     checks.check_probability("dropout_p", given.dropout_p)
     frozen = given.frozen_prefix
     if isinstance(frozen, bool) or not isinstance(frozen, int | torch.SymInt):
         raise checks.wrong_type("frozen_prefix", frozen, _FROZEN)
     if frozen < 0:
         raise checks.wrong_value("frozen_prefix", frozen, _FROZEN)
-
-
-def _split_segments(segment_ids: object) -> tuple[Tensor, Tensor]:
-    if not isinstance(segment_ids, tuple | list):
-        raise checks.wrong_type("segment_ids", segment_ids, SEGMENTS)
-    if len(segment_ids) != 2:
-        raise checks.wrong_value("segment_ids", len(segment_ids), SEGMENTS)
-    return segment_ids[0], segment_ids[1]
 
 
 def _is_padding(mask: Tensor) -> bool:

@@ -154,8 +154,8 @@ def _check_parameter(name: str, value: Tensor, weight: Tensor, shape: _Shape, re
         ]
         raise checks.wrong_value(name, value, f"{requirement} with {', '.join(known)}")
     checks.check_device(name, value, weight.device, "weight")
-    if value.dtype is not weight.dtype and checks.autocast_dtype(weight.device) is None:
-        raise checks.wrong_type(name, value, f"the dtype of weight ({weight.dtype})")  # autocast would cast it
+    if value.dtype is not weight.dtype:
+        checks.check_dtype(name, value, weight.dtype, "weight", checks.autocast_dtype(weight.device))
 
 
 def _check_offset(
@@ -171,7 +171,7 @@ def _check_offset(
 def _check_ffn(
     ffn: tuple[Tensor, Tensor, Tensor, Tensor], weight: Tensor, banked: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _check_tuple("ffn", ffn, 4, _FFN)
+    checks.check_tuple("ffn", ffn, 4, _FFN)
     w1, b1, w2, b2 = ffn
     d = weight.shape[1]
     _check_offset("ffn[0] (w1)", w1, weight, (d, None), "d, r", None, banked)
@@ -187,7 +187,7 @@ def _check_ffn(
 def _check_low_rank(
     low_rank: tuple[Tensor, Tensor], input_ids: Tensor, weight: Tensor, banked: bool
 ) -> tuple[Tensor, Tensor]:
-    _check_tuple("low_rank", low_rank, 2, _LOW_RANK)
+    checks.check_tuple("low_rank", low_rank, 2, _LOW_RANK)
     a, b = low_rank
     _check_offset("low_rank[0] (a)", a, weight, (None, None), "T, r", None, banked)
     r = a.shape[-1]
@@ -211,10 +211,3 @@ def _check_positions(name: str, offsets: Tensor, input_ids: Tensor) -> None:
             f"`{name}` has T = {positions} positions, but `input_ids` has N = {input_ids.shape[1]} tokens: "
             f"T must be at least N"
         )
-
-
-def _check_tuple(name: str, value: object, length: int, requirement: str) -> None:
-    if not isinstance(value, tuple | list):
-        raise checks.wrong_type(name, value, requirement)
-    if len(value) != length:
-        raise ValueError(f"`{name}` must be {requirement}, got {len(value)} entries")
