@@ -104,10 +104,10 @@ def draw_inputs(setting: Setting, dtype: torch.dtype, device: torch.device) -> E
     torch.manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
-        return (torch.randn(*shape) * 0.02).to(device, dtype).requires_grad_()
+        return (torch.randn(*shape, device=device) * 0.02).to(dtype).requires_grad_()
 
     flat = draw_text_ids(V, B * N) if kind == "text" else torch.randint(0, V, (B * N,))
-    ids, weight, prompt = flat.view(B, N).to(device), torch.randn(V, d).to(device, dtype), draw(S, d)
+    ids, weight, prompt = flat.view(B, N).to(device), torch.randn(V, d, device=device).to(dtype), draw(S, d)
     ffn, low_rank = (draw(d, r), draw(r), draw(r, d), draw(d)), (draw(N, r), draw(r, d))
     return EmbeddingInputs(ids, weight, prompt, ffn, low_rank, draw(B, S + N, d).detach())
 
@@ -118,7 +118,7 @@ def build_works(
     """Return the number of distinct tokens of a setting, and the work of each peer. By default, draw the inputs."""
     ids, weight, prompt, ffn, low_rank, grad = inputs or draw_inputs(setting, dtype, device)
     S = setting.S
-    merged = torch.cat([add_offset(rows, *ffn).detach() for rows in weight.split(4096)])
+    merge = functools.cache(lambda: torch.cat([add_offset(rows, *ffn).detach() for rows in weight.split(4096)]))
     # The output of the lookup is as large as that of the other peers. The first token of each row replaces the prompt.
     longer = torch.cat([ids[:, :1].expand(-1, S), ids], 1).contiguous()
     ours, x = fastprefix.prompt_embedding, (ids, weight, prompt)
@@ -133,7 +133,7 @@ def build_works(
         "adept_eager": ("theirs", lambda: embed_adept(*x, *ffn), adept),
         "adept_compiled": ("theirs", lambda: compile_once(embed_adept)(*x, *ffn), adept),
         "adept": ("ours", lambda: ours(*x, ffn=ffn), adept),
-        "merged": ("ours", lambda: ours(ids, merged, prompt), ()),
+        "merged": ("ours", lambda: ours(ids, merge(), prompt), ()),
     }
     return ids.unique().numel(), {name: build_kernel_work(*peer, grad) for name, peer in peers.items()}
 

@@ -1,5 +1,6 @@
 """Run jobs in worker processes, so that a job that fails, hangs or loses the device does not affect the others."""
 
+import contextlib
 import multiprocessing
 import os
 import time
@@ -54,7 +55,11 @@ class _Workers:
         process = self._context.Process(target=_work, args=(other,), daemon=True)
         process.start()
         other.close()  # then the pipe closes when the process ends
-        pipe.send(job)
+        self._give(pipe, process, job, number)
+
+    def _give(self, pipe: Connection, process: BaseProcess, job: Job, number: int) -> None:
+        with contextlib.suppress(OSError):  # the process has died, which collect notices
+            pipe.send(job)
         self._busy[pipe] = (process, number)
 
     def __bool__(self) -> bool:
@@ -68,7 +73,7 @@ class _Workers:
             process, number = self._busy.pop(pipe)
             try:
                 answers.append((number, pipe.recv()))
-            except EOFError:
+            except (EOFError, OSError):
                 answers.append((number, {"error": "the process died"}))
                 if jobs:
                     of, job = jobs.pop()
@@ -76,8 +81,7 @@ class _Workers:
                 continue
             if jobs:
                 of, job = jobs.pop()
-                pipe.send(job)
-                self._busy[pipe] = (process, of)
+                self._give(pipe, process, job, of)
             else:
                 pipe.send(None)
         return answers

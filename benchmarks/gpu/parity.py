@@ -1,13 +1,16 @@
 """Check correctness on a device: parity cases, and the tests of the repository."""
 
+import contextlib
 import itertools
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -73,18 +76,15 @@ def check_case(case: Case, dtype: str, on: str = "cuda", backend: str = "triton"
     return {"of bound": worst, **({"error": " and ".join(problems)} if problems else {})}
 
 
-def check_parity(add: Add, seconds: float, cases: Sequence[Case], dtypes: Sequence[str]) -> bool:
-    """Check all cases in each dtype. Return True if all are within their bounds."""
+def check_parity(add: Add, seconds: float, cases: Sequence[Case], dtypes: Sequence[str]) -> None:
+    """Check all cases in each dtype."""
     cells = [(check_case, case, dtype) for dtype in dtypes for case in cases]
-    right = True
     for (_, case, dtype), answer in zip(cells, jobs.run_jobs(cells, seconds), strict=True):
         about = {"case": str(case), "dtype": dtype}
         if "error" in answer:
             add([], [fault(about, "triton", "parity", RuntimeError(answer["error"]))])
-            right = False
         else:
             add([figure_row(about, "triton", "ours", "parity", "share of the bound", answer["of bound"])], [])
-    return right
 
 
 # ---- the repository's tests ----------------------------------------------------------------------------------------
@@ -108,16 +108,14 @@ def collect_tests(selection: Sequence[str] = ON_DEVICE) -> list[str]:
 
 def run_tests(add: Add, seconds: float, selection: Sequence[str] = ON_DEVICE) -> None:
     """Run as many tests on a device as the time allows, and add a fault for each one that fails."""
+    end = time.monotonic() + seconds
     names = collect_tests(selection)
     with tempfile.TemporaryDirectory() as folder:
         wanted, log = Path(folder, "tests"), Path(folder, "log")
         wanted.write_text("\n".join(names), encoding="utf-8")
         command = [*_PYTEST, f"@{wanted}", "-v", "--tb=short", "-p", "no:cacheprovider"]
         with log.open("w", encoding="utf-8") as output:
-            try:
-                subprocess.run([*command, *_divide()], cwd=ROOT, stdout=output, stderr=output, timeout=seconds)
-            except subprocess.TimeoutExpired:
-                print("tests: the remaining ones are skipped for lack of time", flush=True)
+            _run_until(end, [*command, *_divide()], output)
         text = log.read_text(encoding="utf-8")
     outcomes = dict(read_outcomes(text))
     counts = {word: sum(outcome == word for outcome in outcomes.values()) for word in ("PASSED", "SKIPPED")}
@@ -128,6 +126,19 @@ def run_tests(add: Add, seconds: float, selection: Sequence[str] = ON_DEVICE) ->
     add(rows, [fault({"case": name}, "tests", "tests", RuntimeError(find_message(text, name))) for name in failed])
     if not outcomes:
         raise BenchmarkError(f"no test ran:\n{text[-2000:]}")
+
+
+def _run_until(end: float, command: Sequence[str], output: IO[str]) -> None:
+    """Run a command, and end it and the processes that it started at a time."""
+    process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output, start_new_session=True)
+    try:
+        process.wait(max(1.0, end - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        print("tests: the remaining ones are skipped for lack of time", flush=True)
+    finally:
+        with contextlib.suppress(ProcessLookupError):  # the processes have ended
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def _divide() -> list[str]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..measure import Add, BenchmarkError, Work, fault, figure_row, measure
 from ..results import describe_times
 from . import device, jobs
-from .problems import Kind, Problem, build_embeddings, build_problem, list_compilations, list_problems
+from .problems import FIRST, Kind, Problem, build_embeddings, build_problem, list_compilations, list_problems
 
 LIMIT = 0.03
 """The largest difference of results in bfloat16, relative to their norm."""
@@ -97,14 +97,14 @@ def measure_problems(add: Add, seconds: float, kinds: Sequence[Kind], compiling:
     compilations = list_compilations(kinds)
     for job, answer in zip(compilations, jobs.run_jobs(compilations, seconds * compiling), strict=True):
         if "error" in answer:
-            add([], [fault({"case": str(job[1:])}, "fused", "compile", RuntimeError(answer["error"]))])
+            print(f"not compiled in advance: {job[0].__name__}{job[1:]}: {answer['error']}", flush=True)
     for kind in jobs.limit_time("speed", end, kinds):
         measure_problem(add, build_problem(*kind))
 
 
-def measure_speed(add: Add, seconds: float) -> None:
-    """Measure embeddings, then as many cases of attention as the time allows."""
+def measure_speed(add: Add, seconds: float, measured: Sequence[Kind] = FIRST) -> None:
+    """Measure embeddings, then as many cases of attention as the time allows, without those measured before."""
     end = time.monotonic() + seconds
     for problem in build_embeddings():
         measure_problem(add, problem)
-    measure_problems(add, end - time.monotonic(), list(list_problems()))
+    measure_problems(add, end - time.monotonic(), [kind for kind in list_problems() if kind not in measured])

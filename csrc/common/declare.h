@@ -58,3 +58,11 @@ inline std::vector<torch::stable::Tensor> boxed(const std::vector<Tensor>& tenso
 #define FASTPREFIX_PARAMETER(type, name) Boxed<type> name
 #define FASTPREFIX_OPENED(type, name) BoxedOf<type>::open(name)
 #define FASTPREFIX_RELEASED(type, name) BoxedOf<type>::release(name);
+// For a list of arguments such as FASTPREFIX_ATTENTION_ARGUMENTS: a function's parameters, the arguments in a struct,
+// and the statements that release the parameters.
+#define FASTPREFIX_PARAMETERS(LIST) LIST(FASTPREFIX_PARAMETER, FASTPREFIX_COMMA)
+#define FASTPREFIX_COLLECTED(STRUCT, LIST)    \
+  STRUCT {                                    \
+    LIST(FASTPREFIX_OPENED, FASTPREFIX_COMMA) \
+  }
+#define FASTPREFIX_RELEASE(LIST) LIST(FASTPREFIX_RELEASED, FASTPREFIX_NOTHING)

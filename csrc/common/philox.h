@@ -1,9 +1,26 @@
 // Counter-based random numbers: Philox4x32-10 (Salmon et al., SC 2011). Every backend generates the same numbers.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
 namespace fastprefix {
+
+// Dropout with a probability p. Philox's key is the seed.
+struct DropRule {
+  uint32_t key_low = 0, key_high = 0;
+  uint32_t drop_below = 0;  // an element is dropped if its random word is below this
+  double keep = 1.0;        // the factor of all other elements
+
+  DropRule() = default;
+  DropRule(int64_t seed, double p)
+      : key_low(static_cast<uint32_t>(seed)), key_high(static_cast<uint32_t>(static_cast<uint64_t>(seed) >> 32)) {
+    double below = std::nearbyint(p * 0x1p32);
+    bool none_kept = below == 0x1p32;  // does not fit into a word, so a factor of 0 drops everything
+    drop_below = none_kept ? 0 : static_cast<uint32_t>(below);
+    keep = none_kept ? 0.0 : 1.0 / (1.0 - p);
+  }
+};
 
 // Multiply the low 32 bits of x, or of each lane of x, by a factor.
 template <class W>

@@ -29,12 +29,13 @@ struct AsManyOf {
   typedef X type __attribute__((vector_size(kLanes<uint64_t> * sizeof(X))));
 };
 
-// Convert random words to factors: 0 for dropped elements, p.keep for all others.
+// Convert random words to factors: 0 for dropped elements, the rule's factor for all others.
 template <class T, class A>
 inline void store_kept(const AttentionProblem<T, A>& p, Vec<uint64_t> words, A* factors) {
   using Mask = typename AsManyOf<std::conditional_t<sizeof(A) == 4, int32_t, int64_t>>::type;
-  auto kept = __builtin_convertvector(words, typename AsManyOf<uint32_t>::type) >= p.drop_below;
-  typename AsManyOf<A>::type none{}, factor = __builtin_convertvector(kept, Mask) ? none + p.keep : none;
+  auto kept = __builtin_convertvector(words, typename AsManyOf<uint32_t>::type) >= p.dropping.drop_below;
+  typename AsManyOf<A>::type none{},
+      factor = __builtin_convertvector(kept, Mask) ? none + static_cast<A>(p.dropping.keep) : none;
   std::memcpy(factors, &factor, sizeof(factor));
 }
 
@@ -58,7 +59,7 @@ void keep_factors(
         Vec<uint64_t> c[4] = {
             splat(column - later * kApart), lanes + static_cast<uint64_t>(queries.first + i),
             splat(static_cast<uint64_t>(queries.b * p.Hq + queries.h)), splat(uint64_t{tokens})};
-        philox(p.seed_low, p.seed_high, c);
+        philox(p.dropping.key_low, p.dropping.key_high, c);
         store_kept(p, c[later], factors + i);
         store_kept(p, c[2 + later], factors + i + kApart);
         if (!both) continue;

@@ -9,6 +9,7 @@
 #include <array>
 #include <vector>
 
+#include "../common/philox.h"
 #include "arguments.h"
 
 namespace fastprefix {
@@ -84,9 +85,7 @@ struct AttentionProblem {
   A scale;
   A softcap = 0;  // 0 is no soft cap
   bool drops = false;
-  uint32_t seed_low = 0, seed_high = 0;
-  uint32_t drop_below = 0;  // an element is dropped if its random word is below this
-  A keep = 1;               // the factor of elements that are not dropped
+  DropRule dropping;
 
   explicit AttentionProblem(const AttentionArguments& a)
       : B(a.query.size(0)),
@@ -128,14 +127,8 @@ struct AttentionProblem {
     else bias_mask = View<const T>(a.attn_mask);
     if (a.softcap) softcap = static_cast<A>(*a.softcap);
     if (a.dropout_seed) {
-      uint64_t seed = static_cast<uint64_t>(*a.dropout_seed->data<const int64_t>());
       drops = true;
-      seed_low = static_cast<uint32_t>(seed);
-      seed_high = static_cast<uint32_t>(seed >> 32);
-      double below = std::nearbyint(a.dropout_p * 0x1p32);
-      bool none_kept = below == 0x1p32;  // does not fit into a word, so a factor of 0 drops everything
-      drop_below = none_kept ? 0 : static_cast<uint32_t>(below);
-      keep = none_kept ? A(0) : static_cast<A>(1.0 / (1.0 - a.dropout_p));
+      dropping = DropRule(*a.dropout_seed->data<const int64_t>(), a.dropout_p);
     }
   }
 

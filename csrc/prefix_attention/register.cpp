@@ -127,16 +127,10 @@ std::vector<Tensor> run_backward(
   return given;
 }
 
-#define FASTPREFIX_PARAMETERS FASTPREFIX_ATTENTION_ARGUMENTS(FASTPREFIX_PARAMETER, FASTPREFIX_COMMA)
-#define FASTPREFIX_COLLECTED                                            \
-  AttentionArguments {                                                  \
-    FASTPREFIX_ATTENTION_ARGUMENTS(FASTPREFIX_OPENED, FASTPREFIX_COMMA) \
-  }
-#define FASTPREFIX_RELEASE FASTPREFIX_ATTENTION_ARGUMENTS(FASTPREFIX_RELEASED, FASTPREFIX_NOTHING)
-
-std::tuple<torch::stable::Tensor, torch::stable::Tensor> forward(FASTPREFIX_PARAMETERS) {
-  Finally released{[&] { FASTPREFIX_RELEASE }};
-  auto [output, normalizers] = run_forward(FASTPREFIX_COLLECTED);
+std::tuple<torch::stable::Tensor, torch::stable::Tensor> forward(
+    FASTPREFIX_PARAMETERS(FASTPREFIX_ATTENTION_ARGUMENTS)) {
+  Finally released{[&] { FASTPREFIX_RELEASE(FASTPREFIX_ATTENTION_ARGUMENTS) }};
+  auto [output, normalizers] = run_forward(FASTPREFIX_COLLECTED(AttentionArguments, FASTPREFIX_ATTENTION_ARGUMENTS));
   return {output.owner(), normalizers.owner()};
 }
 
@@ -145,14 +139,14 @@ std::vector<torch::stable::Tensor> backward(
     AtenTensorHandle output,
     AtenTensorHandle normalizers,
     std::vector<bool> needs_grad,
-    FASTPREFIX_PARAMETERS) {
+    FASTPREFIX_PARAMETERS(FASTPREFIX_ATTENTION_ARGUMENTS)) {
   Finally released{[&] {
     for (AtenTensorHandle handle : {grad_output, output, normalizers}) BoxedOf<Tensor>::release(handle);
-    FASTPREFIX_RELEASE
+    FASTPREFIX_RELEASE(FASTPREFIX_ATTENTION_ARGUMENTS)
   }};
   return boxed(run_backward(
-      FASTPREFIX_COLLECTED, with_dense_rows(Tensor(grad_output)), with_dense_rows(Tensor(output)),
-      contiguous(Tensor(normalizers)), read_needs(needs_grad)));
+      FASTPREFIX_COLLECTED(AttentionArguments, FASTPREFIX_ATTENTION_ARGUMENTS), with_dense_rows(Tensor(grad_output)),
+      with_dense_rows(Tensor(output)), contiguous(Tensor(normalizers)), read_needs(needs_grad)));
 }
 
 }  // namespace

@@ -2,6 +2,8 @@
 // kDotRows x kDotColumns sums are accumulated lane by lane, and the lanes are added at the end of each chunk.
 #pragma once
 
+#include <algorithm>
+
 #include "../common/simd.h"
 
 namespace fastprefix::prompt_embedding {

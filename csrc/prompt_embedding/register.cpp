@@ -42,22 +42,16 @@ std::vector<Tensor> run_backward(
   return given;
 }
 
-#define FASTPREFIX_PARAMETERS FASTPREFIX_EMBEDDING_ARGUMENTS(FASTPREFIX_PARAMETER, FASTPREFIX_COMMA)
-#define FASTPREFIX_COLLECTED                                            \
-  EmbeddingArguments {                                                  \
-    FASTPREFIX_EMBEDDING_ARGUMENTS(FASTPREFIX_OPENED, FASTPREFIX_COMMA) \
-  }
-#define FASTPREFIX_RELEASE FASTPREFIX_EMBEDDING_ARGUMENTS(FASTPREFIX_RELEASED, FASTPREFIX_NOTHING)
-
-torch::stable::Tensor forward(FASTPREFIX_PARAMETERS) {
-  Finally released{[&] { FASTPREFIX_RELEASE }};
-  return run_forward(FASTPREFIX_COLLECTED).owner();
+torch::stable::Tensor forward(FASTPREFIX_PARAMETERS(FASTPREFIX_EMBEDDING_ARGUMENTS)) {
+  Finally released{[&] { FASTPREFIX_RELEASE(FASTPREFIX_EMBEDDING_ARGUMENTS) }};
+  return run_forward(FASTPREFIX_COLLECTED(EmbeddingArguments, FASTPREFIX_EMBEDDING_ARGUMENTS)).owner();
 }
 
 std::vector<torch::stable::Tensor> backward(
-    AtenTensorHandle grad_output, std::vector<bool> needs_grad, FASTPREFIX_PARAMETERS) {
-  Finally released{[&] { FASTPREFIX_RELEASED(Tensor, grad_output) FASTPREFIX_RELEASE }};
-  return boxed(run_backward(Tensor(grad_output), needs_grad, FASTPREFIX_COLLECTED));
+    AtenTensorHandle grad_output, std::vector<bool> needs_grad, FASTPREFIX_PARAMETERS(FASTPREFIX_EMBEDDING_ARGUMENTS)) {
+  Finally released{[&] { FASTPREFIX_RELEASED(Tensor, grad_output) FASTPREFIX_RELEASE(FASTPREFIX_EMBEDDING_ARGUMENTS) }};
+  return boxed(run_backward(
+      Tensor(grad_output), needs_grad, FASTPREFIX_COLLECTED(EmbeddingArguments, FASTPREFIX_EMBEDDING_ARGUMENTS)));
 }
 
 }  // namespace

@@ -105,7 +105,7 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """Return the dtype that autocast casts to on this device, or None if autocast is off."""
     if not torch._C._is_any_autocast_enabled():  # ten times as fast as the check for one device
         return None
-    if device.type not in ("cpu", "cuda") or not torch.is_autocast_enabled(device.type):
+    if not torch.amp.is_autocast_available(device.type) or not torch.is_autocast_enabled(device.type):
         return None
     return torch.get_autocast_dtype(device.type)
 

@@ -17,7 +17,7 @@ from .declaration import Declaration
 NAMESPACE = "fastprefix"
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 _PLAIN = (Tensor, nn.Parameter)
-_AUTOCAST = {"AutocastCPU": "cpu", "AutocastCUDA": "cuda"}
+_AUTOCAST = {"AutocastCPU": "cpu", "AutocastCUDA": "cuda", "AutocastXPU": "xpu", "AutocastMPS": "mps"}
 
 Kernel = Callable[..., Any]
 Refusal = Callable[[Any], str | None]
@@ -54,9 +54,19 @@ def _raise_value_errors(kernel: Kernel) -> Kernel:
         try:
             return kernel(*arguments)
         except IndexError as error:
-            raise ValueError(*error.args) from None
+            raise ValueError(*error.args) from error
 
     return convert
+
+
+def _switch_autocast_off(function: Kernel, device_type: str) -> Kernel:
+    """Return a function that runs without autocast, so that the operations in it keep the dtypes of their inputs."""
+
+    def run(*arguments: Any) -> Any:
+        with torch.autocast(device_type, enabled=False):
+            return function(*arguments)
+
+    return run
 
 
 class Operation:
@@ -153,6 +163,8 @@ class Operation:
         torch.library.register_autograd(
             f"{NAMESPACE}::{self.name}_backward.{backend}", self._double_backward, lib=_LIBRARY
         )
+        for key, device_type in _AUTOCAST.items():
+            _LIBRARY.impl(f"{self.name}_backward.{backend}", _switch_autocast_off(backward, device_type), key)
         self._add(backend, refusal)
 
     def define_composite(self, backend: str, forward: Kernel, refusal: Refusal) -> None:
@@ -255,9 +267,7 @@ class Operation:
 
     def _run_cast(self, function: Kernel, arguments: tuple[Any, ...], device_type: str, dtype: torch.dtype) -> Any:
         """Call a function with cast arguments, without autocast in it."""
-        cast = self._autocast(arguments, dtype)
-        with torch.autocast(device_type, enabled=False):
-            return function(*cast)
+        return _switch_autocast_off(function, device_type)(*self._autocast(arguments, dtype))
 
     def _refuse_tangents(self, tensors: Sequence[Tensor | None]) -> None:
         """Refuse forward-mode differentiation. PyTorch would silently return tangents of 0."""

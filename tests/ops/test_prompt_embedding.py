@@ -94,6 +94,16 @@ def test_autocast_brings_parameters_to_the_tables_dtype(device, backend, case):
     assert torch.equal(got, prompt_embedding(**tensors, backend=backend))
 
 
+@pytest.mark.parametrize("case", SHARED[1:], ids=name)
+def test_autocast_does_not_change_gradients(device, backend, case):
+    tensors, flat = leaves(case, device)
+    output = prompt_embedding(**tensors, backend=backend)
+    wanted = torch.autograd.grad(output.sum(), flat, retain_graph=True)
+    with torch.autocast(device, torch.bfloat16):
+        found = torch.autograd.grad(output.sum(), flat)
+    assert all(map(torch.equal, found, wanted))
+
+
 @pytest.mark.parametrize("case", [SHARED[1], *OWN], ids=name)
 def test_nothing_is_saved_but_the_inputs(device, backend, case):
     (tensors, flat), saved = leaves(case, device), []

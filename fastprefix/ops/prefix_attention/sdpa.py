@@ -25,6 +25,8 @@ def refusal(a: AttentionArguments) -> str | None:
         return reason
     if a.prefix_gate is not None and a.prefix_gate.ndim == 4:
         return "it supports gates of prefix keys, not gates of pairs of a query and a key"
+    if a.query.device.type != "cpu" and not a.scale > 0.0:  # the kernels hide scores before they multiply them by it
+        return f"it supports scales above 0 on this device, not {a.scale}"
     keys = (a.prefix_key.shape[2], a.key.shape[2])
     if 0 in a.query.shape[:3] or 0 in ((sum(keys),) if a.output_gate is None else keys):
         return "it requires at least one row, one query, and one key in each softmax"

@@ -20,6 +20,7 @@ import triton
 from torch import Tensor
 
 from fastprefix.ops import backends, prefix_attention, prompt_embedding, targets
+from fastprefix.ops.prefix_attention.validation import canonical_arguments
 from fastprefix.parity import AttentionCase, Case, EmbeddingCase
 
 BYTES = {"u64": 8, "b64": 8, "f64": 8, "u32": 4, "b32": 4, "f32": 4, "u16": 2, "b16": 2, "u8": 1, "b8": 1}
@@ -141,6 +142,16 @@ def run_forward_and_backward(case: Case) -> None:
     torch.autograd.grad(output, tensors, torch.ones_like(output), allow_unused=True)
 
 
+def run_parts_of_composition(target: Target) -> None:
+    """Run the kernels that only the composed backend launches."""
+    tensors = AttentionCase(N=70, M=0, P=20, D=16).build(torch.bfloat16).tensors
+    a = canonical_arguments(**tensors)
+    output, logsumexp = torch.empty_like(a.query), torch.empty(a.query.shape[:3])
+    launch = prefix_attention.triton_backend.launch
+    launch.extend(a, output, logsumexp, target=target)
+    launch.merge(a, output, logsumexp, output, logsumexp, target=target)
+
+
 def main(folder: str, cases: str = "few") -> None:
     pretend(folder)
     target = Target()
@@ -149,6 +160,8 @@ def main(folder: str, cases: str = "few") -> None:
     for case in {"all": CASES, "few": FEW}[cases]:
         for _ in range(3):  # as usual, recorded, repeated
             run_forward_and_backward(case)
+    for _ in range(3):
+        run_parts_of_composition(target)
     print(*sorted(target.launched), sep="\n")
     print(*sorted(target.again), sep="\n")
 

@@ -45,6 +45,7 @@ LONG: dict[str, dict[str, Any]] = {
     "gate of rows": {"gate": "B1P", "P": 17, "N": 21, "M": 5},
     "a prefix a row, one gate": {"prefix_a_row": True, "gate": "1", "P": 9, "N": 5, "M": 33, "layout": "strided"},
     "one row": {"B": 1, "gate": "h1", "P": 9, "N": 3, "M": 3},
+    "one query": {"P": 9, "N": 1, "M": 3},
 }
 """Prefixes that PyTorch's kernels can run too."""
 
@@ -223,6 +224,8 @@ def test_operators_keep_pytorch_rules(device: str, layout: str) -> None:
         ({"M": 0}, "one row, one query and one key"),
         ({"M": 21, "is_causal": True}, "not 20 and 21"),
         ({"D": 264}, "head dimensions up to 256"),
+        ({"scale": 0.0}, "scales above 0"),
+        ({"scale": -0.3}, "scales above 0"),
     ],
 )
 def test_says_what_it_does_not_take(device: str, change: dict[str, Any], match: str) -> None:
@@ -257,8 +260,7 @@ def test_calls_with_segments_on_cuda() -> None:
         q, do = (torch.empty(2, 8, 33, 64, dtype=torch.bfloat16, device="cuda") for _ in range(2))
         k, v = (torch.empty(2, 2, 40, 64, dtype=torch.bfloat16, device="cuda") for _ in range(2))
         begins = (torch.empty(4, dtype=torch.int32, device="cuda") for _ in range(2))
-        packing = Packing(*begins, ((0, 0), (10, 20), (33, 40), (66, 80)))
-        assert packed.list_lengths(packing)[2:] == (33, 40)
+        packing = Packing(*begins, ((0, 0), (10, 20), (33, 40), (66, 80)), (33, 40))
         problem = Problem(q, k, v, False, 0.1, packing)
         output, logsumexp = packed.attend(problem)
         assert (output.shape, logsumexp.shape) == (q.shape, (2, 8, 33))
@@ -320,7 +322,7 @@ def test_segments_are_refused_in_a_capture(monkeypatch: pytest.MonkeyPatch) -> N
 def test_sequences_stay_alive_on_the_stream_of_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
     recorded: list[str] = []
     tensor = SimpleNamespace(is_cuda=True, device="cuda:1", record_stream=recorded.append)
-    monkeypatch.setattr(packed, "_read_packing", lambda a: Packing(tensor, tensor, ((0, 0), (1, 1))))  # type: ignore[arg-type]
+    monkeypatch.setattr(packed, "_read_packing", lambda a: Packing(tensor, tensor, ((0, 0), (1, 1)), (1, 1)))  # type: ignore[arg-type]
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
     with FakeTensorMode():
         packed.find_packing(make_call(20)._replace(query_segments=torch.zeros(1, 20, dtype=torch.int64)))

@@ -28,6 +28,8 @@ def refusal(a: AttentionArguments) -> str | None:
     keys = a.key.shape[2]
     if a.value.shape[3] != size:
         return f"it requires values with the head dimension of the keys, not D = {size} and Dv = {a.value.shape[3]}"
+    if not a.scale > 0.0:  # the kernels hide scores before they multiply them by the scale
+        return f"it supports scales above 0, not {a.scale}"
     if size % 8 != 0:
         return f"it supports head dimensions that are multiples of 8, not {size}"
     if batch == 0 or queries == 0 or keys == 0:

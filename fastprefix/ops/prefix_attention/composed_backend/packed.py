@@ -91,7 +91,9 @@ def _make_packing(a: AttentionArguments, query_segments: Tensor, key_segments: T
         return f"it supports up to {MOST_SEQUENCES:,} sequences in a call, not {len(names):,}"
     starts = torch.stack([of_queries[1], of_keys[1]])
     on_device = starts.to(a.query.device, torch.int32)
-    return Packing(on_device[0], on_device[1], tuple((int(q), int(k)) for q, k in zip(*starts.tolist(), strict=True)))
+    longest = starts.diff().amax(1).tolist()
+    pairs = tuple((int(q), int(k)) for q, k in zip(*starts.tolist(), strict=True))
+    return Packing(on_device[0], on_device[1], pairs, (int(longest[0]), int(longest[1])))
 
 
 def _find_runs(segments: Tensor) -> tuple[Tensor, Tensor]:
@@ -144,8 +146,7 @@ def differentiate(x: Problem, known: Known) -> tuple[Tensor, Tensor, Tensor]:
 
 def list_lengths(packing: Packing) -> tuple[Tensor, Tensor, int, int]:
     """Return the cumulative lengths of queries and of keys, and the largest lengths of queries and of keys."""
-    longest = (max(end - begin for begin, end in itertools.pairwise(of)) for of in zip(*packing.starts, strict=True))
-    return (packing.queries, packing.keys, *longest)
+    return (packing.queries, packing.keys, *packing.longest)
 
 
 def list_sequences(packing: Packing, queries: int, keys: int) -> Iterator[tuple[int, slice, slice]]:

@@ -14,6 +14,7 @@ class Packing(NamedTuple):
     queries: Tensor  # where each sequence begins among the queries, int32 on the device
     keys: Tensor  # where each sequence begins among the keys, int32 on the device
     starts: tuple[tuple[int, int], ...]  # the same pairs (query, key) as numbers
+    longest: tuple[int, int]  # the most queries and the most keys of a sequence
 
 
 class Problem(NamedTuple):

@@ -263,8 +263,9 @@ def _align_matrix(strides: tuple[int, ...], is_single_row: bool, is_single_head:
 
 
 def describe_rows(numbers: Tensor) -> Strided:
-    """Return a tensor with one number per query, ``[B, H, N]``, with its strides."""
-    return _describe_tokens(numbers, "bhn")
+    """Return a tensor with one number per query, ``[B, H, N]``, with its strides. A single query also has a stride."""
+    described = _describe_tokens(numbers, "bhn")
+    return described._replace(n=0) if described.n is None else described
 
 
 def _describe_prefix(tensor: Tensor) -> Strided:

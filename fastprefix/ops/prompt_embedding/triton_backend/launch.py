@@ -162,7 +162,7 @@ def _launch_hidden(grad_output: Tensor, a: EmbeddingArguments, hidden: _HiddenRe
         return
     network = tuple(_make_dense(x) for x in (a.entries, a.w1, a.b1, w2))
     sizes = (*a.input_ids.shape, a.prompt_length, d, a.offset_scale, *_describe_dropout(a))
-    arguments = (*_describe_rows(a, grad_output), *network, a.dropout_seed, *hidden, *sizes)
+    arguments = (*_describe_inputs(a, grad_output), *network, a.dropout_seed, *hidden, *sizes)
     _launch(target, "hidden", grid, arguments, tile, R=r, RS=_pad(r), AHEAD=_loads_ahead(a, tile))
 
 
@@ -193,7 +193,7 @@ def _sum_weights(
     grid = (columns, parts, ranks)
     if 0 not in grid:
         sizes = (B, N, a.prompt_length, d, each)
-        arguments = (*_describe_rows(a, grad_output), _make_dense(a.entries), z, dh, *sums[:3], *sizes)
+        arguments = (*_describe_inputs(a, grad_output), _make_dense(a.entries), z, dh, *sums[:3], *sizes)
         _launch(target, "weights", grid, arguments, tile, R=r, RS=_pad(r))
     return sums
 
@@ -373,7 +373,7 @@ def _describe_table(a: EmbeddingArguments) -> tuple[Any, ...]:
     return (a.weight, *a.weight.stride())
 
 
-def _describe_rows(a: EmbeddingArguments, grad_output: Tensor) -> tuple[Any, ...]:
+def _describe_inputs(a: EmbeddingArguments, grad_output: Tensor) -> tuple[Any, ...]:
     return (*_describe_ids(a), *_describe_table(a), grad_output, *grad_output.stride())
 
 
