@@ -13,4 +13,4 @@ FASTPREFIX_CXXFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefine
   "$python" setup.py build_ext --inplace
 export ASAN_OPTIONS=detect_leaks=0:verify_asan_link_order=0 UBSAN_OPTIONS=print_stacktrace=1
 LD_PRELOAD="$(${CXX:-c++} -print-file-name=libasan.so) $(${CXX:-c++} -print-file-name=libstdc++.so)" \
-  "$python" -m pytest -p no:cacheprovider --capture=sys tests/ops/test_prefix_attention_cpu.py "$@"
+  "$python" -m pytest -p no:cacheprovider --capture=sys tests/ops/test_prefix_attention_cpu.py tests/ops/test_prompt_embedding_cpu.py "$@"

@@ -325,6 +325,7 @@ gradients of trained parameters, in all situations that the family supports.
   visual ones, run once for the whole batch. They are tried on the family's causal language model, such as
   `BertLMHeadModel`.
 - **in every row**: the same, but a prompt runs in every row, because sharing it would give different results.
+  A number of 0 means that no situation could be compared.
 - **refused**: `attach` or `accelerate` raises an error with the reason and an alternative.
 - **not tried**: no small model could be built or run here, or PEFT alone fails on it. `attach` checks the method on
   your model.
