@@ -418,6 +418,9 @@ def main(args: argparse.Namespace) -> int:
         for name in backends
         if name in case.implemented and not _is_refused(case, DTYPES[dtype], name, device)
     ]
+    if not runs:
+        print("fastprefix parity: the chosen backends support none of the cases. Choose others.", file=sys.stderr)
+        return 1
     started = time.monotonic()
     results = []
     for done, (case, dtype, name) in enumerate(runs, 1):

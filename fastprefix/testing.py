@@ -7,6 +7,7 @@ output and every gradient.
 """
 
 import inspect
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -104,7 +105,7 @@ def assert_parity(
         options: more keyword arguments. Tensors in it are cast like inputs but get no gradient. ``backend`` is not
             passed to the reference of an operation of fastprefix.
         grad: True compares the gradients of all floating-point inputs, False of none, and names those of the named
-            inputs.
+            inputs. The name of a tuple selects all of its tensors.
         draws: number of variants that are measured together. The first has the inputs as given. In the others, each
             element differs by up to a thousandth. Each variant has a different random upstream gradient. Results with
             few elements need several variants, because plain PyTorch can be exact by chance. A miss is therefore
@@ -113,6 +114,8 @@ def assert_parity(
 
     Raises:
         AssertionError: a result misses its bound. The message is a table of all results.
+        TypeError: the function returns no tensors, or anything other than tensors and numbers.
+        ValueError: ``grad`` names anything other than floating-point inputs, or an input is float64.
     """
     report = measure_parity(function, inputs, reference=reference, options=options, grad=grad, draws=draws, seed=seed)
     if not report.ok:
@@ -131,10 +134,15 @@ def measure_parity(
     seed: int = 0,
 ) -> Report:
     """Return the measurements of ``assert_parity`` without raising an error for a miss."""
+    if not isinstance(inputs, Mapping | tuple | list):
+        raise TypeError(f"`inputs` must be a sequence or a mapping of inputs, got {type(inputs).__name__}")
+    if draws < 1:
+        raise ValueError(f"`draws` must be at least 1, got {draws}")
     named = (
         dict(inputs) if isinstance(inputs, Mapping) else dict(zip(_name_inputs(function, inputs), inputs, strict=True))
     )
     by_name = isinstance(inputs, Mapping)
+    leaves = _find_leaves(named, grad)
     options = dict(options or {})
     if any(tensor.dtype is torch.float64 for _, tensor in _collect_tensors(named)):
         raise ValueError("`inputs` must have dtypes below float64, because float64 is the reference")
@@ -153,7 +161,7 @@ def measure_parity(
         count: int, callee: Callable[..., Any], extra: Mapping[str, Any], dtype: torch.dtype | None
     ) -> dict[str, Tensor]:
         runs = [
-            _Run(callee, _vary(named, draw, seed), by_name, extra, dtype, grad, parameters).results(seed + draw)
+            _Run(callee, _vary(named, draw, seed), by_name, extra, dtype, leaves, parameters).results(seed + draw)
             for draw in range(count)
         ]
         return {name: torch.stack([run[name] for run in runs]) for name in runs[0]}
@@ -172,7 +180,10 @@ def measure_parity(
 
 
 class _Run:
-    """One version of the function, and its own copy of the inputs, cast to a dtype (None keeps their dtypes)."""
+    """One version of the function, and its own copy of the inputs, cast to a dtype (None keeps their dtypes).
+
+    ``leaves`` has the names of the inputs whose gradients are computed, or is None if no gradients are.
+    """
 
     def __init__(
         self,
@@ -181,7 +192,7 @@ class _Run:
         by_name: bool,
         options: Mapping[str, Any],
         dtype: torch.dtype | None,
-        grad: bool | Collection[str],
+        leaves: Collection[str] | None,
         parameters: bool,
     ) -> None:
         self._function = function
@@ -191,17 +202,17 @@ class _Run:
         self._state: dict[str, Tensor] = {}
         self._leaves: dict[str, Tensor] = {}
         for name, tensor in _collect_tensors(self._inputs):
-            if tensor.is_floating_point() and (grad if isinstance(grad, bool) else name in grad):
+            if leaves is not None and name in leaves:
                 self._leaves[name] = tensor.requires_grad_()
         if isinstance(function, nn.Module):
-            self._copy_state(function, dtype, grad is not False and parameters)
+            self._copy_state(function, dtype, leaves is not None and parameters)
 
     def _copy_state(self, module: nn.Module, dtype: torch.dtype | None, grad: bool) -> None:
         for name, parameter in module.named_parameters():
             self._state[name] = _cast(parameter, dtype)
             if grad and parameter.requires_grad:
                 self._leaves[f"parameter {name}"] = self._state[name].requires_grad_()
-        self._state |= {name: _cast(buffer, dtype).clone() for name, buffer in module.named_buffers()}
+        self._state |= {name: _cast(buffer, dtype) for name, buffer in module.named_buffers()}
 
     def results(self, seed: int) -> dict[str, Tensor]:
         """Return outputs and gradients by name."""
@@ -211,7 +222,7 @@ class _Run:
             # ``torch.manual_seed`` would also seed the other devices, whose generators are not restored.
             for generator in (torch.default_generator, *(torch.cuda.default_generators[index] for index in devices)):
                 generator.manual_seed(seed)
-            outputs = dict(_collect_tensors(self._call(), "output"))
+            outputs = _read_outputs(self._call())
             grads = self._gradients(outputs, seed) if self._leaves else {}
         return {name: output.detach() for name, output in outputs.items()} | grads
 
@@ -242,16 +253,13 @@ def _vary(inputs: Mapping[str, Any], draw: int, seed: int) -> dict[str, Any]:
     """Return the inputs for draw 0, and for later draws a variant of them in the same dtype."""
     generator = torch.Generator().manual_seed(seed + draw)
 
-    def vary(value: Any) -> Any:
-        if isinstance(value, Tensor) and value.is_floating_point():
-            factor = 1.0 + 1e-3 * (2.0 * torch.rand(value.shape, generator=generator) - 1.0)
-            varied = torch.empty_like(value)  # keeps the strides
-            return varied.copy_(value.detach() * factor.to(value.device))
-        if isinstance(value, Mapping):
-            return {key: vary(item) for key, item in value.items()}
-        return type(value)(map(vary, value)) if isinstance(value, tuple | list) else value
+    def vary(tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point():
+            return tensor
+        factor = 1.0 + 1e-3 * (2.0 * torch.rand(tensor.shape, generator=generator) - 1.0)
+        return _copy(tensor.detach() * factor.to(tensor.device), tensor.stride(), tensor.dtype)
 
-    return {name: value if draw == 0 else vary(value) for name, value in inputs.items()}
+    return {name: value if draw == 0 else _map_tensors(vary, value) for name, value in inputs.items()}
 
 
 def _compare(name: str, fast: Tensor, plain: Tensor, exact: Tensor) -> Row:
@@ -260,13 +268,15 @@ def _compare(name: str, fast: Tensor, plain: Tensor, exact: Tensor) -> Row:
         problem = f"{fast.dtype} {tuple(fast.shape)}, expected {plain.dtype} {tuple(plain.shape)}"
         nan = float("nan")
         return Row(name, nan, nan, nan, nan, nan, nan, problem)
-    ulp = torch.finfo(fast.dtype).eps if fast.is_floating_point() else 0.0
+    ulp = torch.finfo(fast.dtype).eps if fast.is_floating_point() or fast.is_complex() else 0.0
+    fast, plain, exact = (torch.view_as_real(x) if x.is_complex() else x for x in (fast, plain, exact))
     fast, plain, exact = fast.double(), plain.double(), exact.double()
     problem = _explain_misplaced(fast, plain, exact)
-    finite = fast.isfinite() & plain.isfinite() & exact.isfinite()
-    fast, plain, exact = fast[finite], plain[finite], exact[finite]
-    error, plain_error = _largest(fast - exact), _largest(plain - exact)
-    rms, plain_rms = _rms(fast - exact), _rms(plain - exact)
+    finite, of_plain = fast.isfinite() & exact.isfinite(), plain.isfinite() & exact.isfinite()
+    errors, plain_errors = (fast - exact)[finite], (plain - exact)[of_plain]
+    error, plain_error = _largest(errors), _largest(plain_errors)
+    rms, plain_rms = _rms(errors), _rms(plain_errors)
+    exact = exact[finite | of_plain]
     bound, rms_bound = 2 * plain_error + 2 * ulp * _largest(exact), 2 * plain_rms + 2 * ulp * _rms(exact)
     return Row(name, error, plain_error, bound, rms, plain_rms, rms_bound, problem)
 
@@ -301,12 +311,66 @@ def _ratio(error: float, bound: float) -> float:
 
 
 def _cast(value: Any, dtype: torch.dtype | None) -> Any:
-    """Return ``value`` with every tensor detached, and floating-point ones cast to ``dtype``."""
+    """Return ``value`` with every tensor copied, and floating-point ones cast to ``dtype``."""
+
+    def cast(tensor: Tensor) -> Tensor:
+        to = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+        return _copy(tensor.detach(), tensor.stride(), to)
+
+    return _map_tensors(cast, value)
+
+
+def _copy(tensor: Tensor, stride: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Return a tensor with these strides. An expanded one, in which PyTorch does not write, stays expanded."""
+    if all(step != 0 or size == 1 for step, size in zip(stride, tensor.shape, strict=True)):
+        return torch.empty_strided(tensor.shape, stride, dtype=dtype, device=tensor.device).copy_(tensor)
+    return tensor.to(dtype)
+
+
+def _map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """Return ``value`` with a function applied to every tensor in it."""
     if isinstance(value, Tensor):
-        return value.detach().to(dtype) if dtype is not None and value.is_floating_point() else value.detach()
+        return function(value)
+    if isinstance(value, Mapping):
+        return {key: _map_tensors(function, entry) for key, entry in value.items()}
     if isinstance(value, tuple | list):
-        return type(value)(_cast(entry, dtype) for entry in value)
+        entries = [_map_tensors(function, entry) for entry in value]
+        return type(value)(*entries) if hasattr(value, "_fields") else type(value)(entries)
     return value
+
+
+def _find_leaves(named: Mapping[str, Any], grad: bool | Collection[str]) -> Collection[str] | None:
+    """Return the names of the tensors whose gradients are compared, or None if gradients are not compared."""
+    if grad is False:
+        return None
+    known = [name for name, tensor in _collect_tensors(named) if tensor.is_floating_point()]
+    if grad is True:
+        return known
+    wanted = {grad} if isinstance(grad, str) else set(grad)
+    found = {name: {name, re.split(r"[.\[]", name)[0]} & wanted for name in known}
+    if wrong := wanted.difference(*found.values()):
+        raise ValueError(f"`grad` must have names of floating-point inputs, {known}, but has {sorted(wrong)}")
+    return [name for name, names in found.items() if names]
+
+
+def _read_outputs(value: Any) -> dict[str, Tensor]:
+    """Return the tensors in the value that a function returned, by name."""
+    outputs = dict(_collect_tensors(value, "output"))
+    if not outputs or not _is_of_tensors(value):
+        raise TypeError(
+            f"`function` and `reference` must return a tensor, or tuples, lists or dicts of tensors, but one returned "
+            f"{type(value).__name__}"
+        )
+    return outputs
+
+
+def _is_of_tensors(value: Any) -> bool:
+    """Return whether a value has only parts that can be compared, or need not be."""
+    if isinstance(value, Mapping):
+        return all(map(_is_of_tensors, value.values()))
+    if isinstance(value, tuple | list):
+        return all(map(_is_of_tensors, value))
+    return value is None or isinstance(value, Tensor | int | float | str)
 
 
 def _collect_tensors(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:

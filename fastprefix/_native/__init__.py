@@ -15,8 +15,12 @@ _NOT_BUILT = (
 )
 
 
-INSTRUCTION_SETS = ("default", "neon_bf16", "avx2", "avx512", "avx512_bf16", "amx")
-"""The instruction sets of all architectures. Those of one architecture are in ascending order."""
+_X86 = ("default", "avx2", "avx512", "avx512_bf16", "amx")
+_ARM = ("default", "neon_bf16")
+ARCHITECTURES = {"x86_64": _X86, "amd64": _X86, "aarch64": _ARM, "arm64": _ARM}
+"""The instruction sets of each architecture, in ascending order."""
+INSTRUCTION_SETS = ARCHITECTURES.get(platform.machine().lower(), ("default",))
+"""Those of this machine's architecture."""
 
 
 @once
@@ -29,8 +33,8 @@ def find_instruction_set() -> str:
     if found == "avx512" and torch.cpu._is_avx512_bf16_supported():
         # On Linux, a process must request permission to use the tiles.
         found = "amx" if torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx() else "avx512_bf16"
-    if found not in INSTRUCTION_SETS:
-        found = "neon_bf16" if _has_neon_bf16() else "default"
+    if found not in INSTRUCTION_SETS or (found == "default" and "ATEN_CPU_CAPABILITY" not in os.environ):
+        found = "neon_bf16" if _has_neon_bf16() else "default"  # PyTorch has other names for those of ARM
     most = os.environ.get("FASTPREFIX_CPU", found)
     if most not in INSTRUCTION_SETS:
         raise ValueError(f"`FASTPREFIX_CPU` must be one of {', '.join(INSTRUCTION_SETS)}, got {most}")

@@ -70,6 +70,8 @@ class ACCEPTConfig(DePTConfig):
         name, each = "rank", max_length + d
         if config.codebook_offset:
             name, each = "offset_codewords", d + max_length * count_parts("offset_block", config.offset_block, d)
+        if name in options:
+            raise TypeError(f"`{name}` must be left out, since it is chosen by for_budget")
         fixed = num_virtual_tokens * d
         if config.codebook_prompt:
             parts = count_parts("prompt_block", config.prompt_block, d)

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .base import LearningRates, check_positive, register
+from .base import LearningRates, check_positive, check_probability, register
 from .budget import find_largest, read_embedding_width
 from .prompt_tuning import PromptTuning, PromptTuningConfig
 
@@ -33,8 +33,7 @@ class ADePTConfig(PromptTuningConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_positive("bottleneck_dim", self.bottleneck_dim)
-        if not 0.0 <= self.dropout <= 1.0:
-            raise ValueError(f"`dropout` must be a probability from 0 to 1, got {self.dropout!r}")
+        check_probability("dropout", self.dropout)
 
     @classmethod
     def for_budget(cls, model: nn.Module, *, trainable: int, num_virtual_tokens: int, **options: Any) -> "ADePTConfig":

@@ -41,6 +41,8 @@ class APTConfig(PrefixTuningConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("pooling", self.pooling, (None, "cls", "mean", "query"))
+        check_choice("token_gate", self.token_gate, (False, True))
+        check_choice("layer_gate", self.layer_gate, (False, True))
 
 
 class APT(PrefixTuning):
@@ -132,8 +134,9 @@ class APT(PrefixTuning):
         if pooling == "mean":
             if attended is None:
                 return hidden.mean(dim=1)
-            weight = attended.to(hidden.dtype).unsqueeze(-1)
-            return (hidden * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1)
+            count = attended.sum(dim=1).clamp(min=1).unsqueeze(-1)
+            total = (hidden * attended.unsqueeze(-1)).sum(dim=1, dtype=torch.promote_types(hidden.dtype, torch.float32))
+            return (total / count).to(hidden.dtype)  # the sum can exceed the range of float16
         if sequences is not None:
             return hidden.gather(1, _find_first_tokens(sequences).unsqueeze(-1).expand_as(hidden))
         if attended is None:

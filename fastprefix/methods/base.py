@@ -31,7 +31,8 @@ def register(
 
 
 def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
-    if value not in choices:
+    same_kind = (choice for choice in choices if isinstance(choice, bool) == isinstance(value, bool))  # 1 equals True
+    if not any(value == choice for choice in same_kind):
         raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
@@ -47,6 +48,13 @@ def check_positive(name: str, value: object) -> None:
         raise TypeError(f"`{name}` must be a whole number of at least 1, got {value!r}")
     if value < 1:
         raise ValueError(f"`{name}` must be a whole number of at least 1, got {value!r}")
+
+
+def check_probability(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"`{name}` must be a probability from 0 to 1, got {value!r}")
+    if not 0.0 <= value <= 1.0:
+        raise ValueError(f"`{name}` must be a probability from 0 to 1, got {value!r}")
 
 
 def check_count(name: str, value: object) -> None:
@@ -109,7 +117,8 @@ class MethodConfig:
 
     def __post_init__(self) -> None:
         check_positive("num_virtual_tokens", self.num_virtual_tokens)
-        if isinstance(self.modules_to_save, str):
+        names = self.modules_to_save
+        if names is not None and not (isinstance(names, list | tuple) and all(isinstance(of, str) for of in names)):
             raise TypeError(f"`modules_to_save` must be a list of names, got {self.modules_to_save!r}")
 
     @classmethod

@@ -2,6 +2,8 @@
 
 from torch import nn
 
+from .base import check_positive
+
 
 def read_embedding_width(model: nn.Module) -> int:
     """Return the width ``d`` of a model's input embeddings.
@@ -25,8 +27,10 @@ def find_largest(name: str, budget: int, *, fixed: int, each: int) -> int:
     """Return the largest count with ``fixed + count * each <= budget``.
 
     Raises:
+        TypeError: the budget is not a whole number.
         ValueError: not even a count of 1 fits.
     """
+    check_positive(name, budget)
     count = (budget - fixed) // each
     if count < 1:
         raise ValueError(f"`{name}` must be at least {fixed + each} parameters here, got {budget}")

@@ -81,7 +81,7 @@ class PrefixTuningConfig(MethodConfig):
         if (self.init in ("text", "chunks")) != (self.init_text is not None):
             raise ValueError(
                 '`init_text` must be given with init="text" or init="chunks" and only then, got '
-                f"init={self.init!r}, init_text={self.init_text!r}"
+                f"init={self.init!r} {'without' if self.init_text is None else 'with'} `init_text`"
             )
         if self.reparameterization is not None and (self.init != "normal" or self.train != "both"):
             raise ValueError(

@@ -42,7 +42,7 @@ class PromptTuningConfig(MethodConfig):
         if (self.init == "text") != (self.init_text is not None):
             raise ValueError(
                 '`init_text` must be given with init="text" and only then, got '
-                f"init={self.init!r}, init_text={self.init_text!r}"
+                f"init={self.init!r} {'without' if self.init_text is None else 'with'} `init_text`"
             )
         if self.init_vocab_size is not None:
             check_positive("init_vocab_size", self.init_vocab_size)

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from .base import check_positive, register
+from .base import check_choice, check_positive, register
 from .prefix_tuning import PrefixTuning, PrefixTuningConfig, ReparameterizedPrefix
 from .shapes import AttentionShape
 
@@ -39,6 +39,10 @@ class ResidualPrefixConfig(PrefixTuningConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_positive("bottleneck_dim", self.bottleneck_dim)
+        for name in ("residual", "gate", "per_layer_gate"):
+            check_choice(name, getattr(self, name), (False, True))
+        if self.per_layer_gate and not self.gate:
+            raise ValueError("`per_layer_gate` must be False without `gate`, got True")
         if self.reparameterization is None:
             raise ValueError('`reparameterization` must be "mlp" for this method, got None')
 

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from .base import MethodConfig, VisualMethod, check_choice, register
+from .base import MethodConfig, VisualMethod, check_choice, check_probability, register
 from .shapes import VisionShape
 
 
@@ -33,8 +33,7 @@ class VisualPromptConfig(MethodConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("depth", self.depth, ("shallow", "deep"))
-        if not 0.0 <= self.dropout <= 1.0:
-            raise ValueError(f"`dropout` must be a probability from 0 to 1, got {self.dropout!r}")
+        check_probability("dropout", self.dropout)
 
 
 class VisualPrompt(VisualMethod):

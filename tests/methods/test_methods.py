@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -257,6 +258,37 @@ def test_apt_pooling_by_default_and_refused() -> None:
     assert APT(fastprefix.APTConfig(10), [DECODER_LAYER]).poolings == ["query"]
     with pytest.raises(ValueError, match="mean"):
         APT(fastprefix.APTConfig(10, pooling="mean"), [DECODER_LAYER])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_mean_of_many_tokens_is_a_mean(dtype: torch.dtype) -> None:
+    """The sum of the tokens exceeds the range of float16, and their number the precision of bfloat16."""
+    method = APT(fastprefix.APTConfig(3, pooling="mean"), [LAYER])
+    method.reset_parameters(None)
+    method.to(dtype)
+    hidden = torch.full((1, 513, LAYER.width), 200.0, dtype=dtype)
+    attended = torch.ones(1, 513, dtype=torch.bool)
+    assert torch.equal(method._pool("mean", hidden, attended, None), hidden[:, 0])
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "name"),
+    [
+        (lambda: fastprefix.ResidualPrefixConfig(3, gate="no"), ValueError, "gate"),
+        (lambda: fastprefix.ResidualPrefixConfig(3, residual=1), ValueError, "residual"),
+        (lambda: fastprefix.ResidualPrefixConfig(3, gate=False, per_layer_gate=True), ValueError, "per_layer_gate"),
+        (lambda: fastprefix.APTConfig(3, token_gate="yes"), ValueError, "token_gate"),
+        (lambda: fastprefix.PromptTuningConfig(3, shared_prompt=1), ValueError, "shared_prompt"),
+        (lambda: fastprefix.ADePTConfig(3, dropout="0.1"), TypeError, "dropout"),
+        (lambda: fastprefix.ADePTConfig(3, dropout=True), TypeError, "dropout"),
+        (lambda: fastprefix.PromptTuningConfig(3, modules_to_save=[1]), TypeError, "modules_to_save"),
+        (lambda: fastprefix.ADePTConfig.for_budget(models.encoder(), trainable=1e4, num_virtual_tokens=3), TypeError,
+         "trainable"),
+    ],
+)  # fmt: skip
+def test_options_of_another_type_are_refused(make: Any, error: type[Exception], name: str) -> None:
+    with pytest.raises(error, match=f"^`{name}` must be"):
+        make()
 
 
 def test_llama_adapter_starts_with_closed_gates() -> None:

@@ -75,6 +75,61 @@ def test_wrong_shape_and_dtype_are_caught():
             assert_parity(wrong, inputs(), reference=plain, grad=False)
 
 
+def test_a_finite_value_where_plain_pytorch_overflows_is_compared():
+    x = torch.full((4,), 300.0, dtype=torch.float16)
+    with pytest.raises(AssertionError, match="MISS"):
+        assert_parity(lambda x: x * 0 - 5, (x,), reference=lambda x: x * x / 10, grad=False)
+
+
+def test_imaginary_parts_are_compared():
+    x, y = inputs()
+    with pytest.raises(AssertionError, match="MISS"):
+        assert_parity(lambda x, y: torch.complex(x, 5 * y), (x, y), reference=torch.complex, grad=False)
+    assert_parity(lambda x, y: torch.complex(x, y), (x, y), reference=torch.complex)
+
+
+@pytest.mark.parametrize("result", [None, 1.0, nn.Linear(1, 1), {"a": [nn.Linear(1, 1), torch.zeros(2)]}], ids=repr)
+def test_results_without_tensors_are_refused(result):
+    with pytest.raises(TypeError, match="must return a tensor"):
+        assert_parity(lambda x, y: result, inputs(), reference=lambda x, y: result, grad=False)
+
+
+@pytest.mark.parametrize("grad", [["X"], "output", ["x", "ids"]])
+def test_gradients_of_unknown_inputs_are_refused(grad):
+    named = {"x": torch.randn(3), "ids": torch.arange(3)}
+    with pytest.raises(ValueError, match="`grad` must have names of floating-point inputs"):
+        assert_parity(lambda x, ids: x, named, reference=lambda x, ids: x, grad=grad)
+
+
+@pytest.mark.parametrize(("grad", "rows"), [("p", 2), (["p"], 2), (["p[1]"], 1), (["x"], 1), (True, 3)])
+def test_gradients_of_named_inputs(grad, rows):
+    x, y = inputs()
+    report = assert_parity(lambda p, x: p[0] * p[1] * x, ((x, y), y), reference=lambda p, x: p[0] * p[1] * x, grad=grad)
+    assert len(report.rows) == 1 + rows
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_inputs_are_copied(nested):
+    """A function that changes its inputs is caught, and the caller's tensors stay as they are."""
+    x, y = inputs()
+    before = x.clone()
+
+    def change(x, y):
+        return (x["x"] if nested else x).mul_(2) + y
+
+    with pytest.raises(AssertionError, match="MISS"):
+        assert_parity(change, ({"x": x} if nested else x, y), reference=lambda x, y: (x["x"] if nested else x) + y,
+                      grad=False)  # fmt: skip
+    assert torch.equal(x, before)
+    assert not x.requires_grad
+
+
+def test_variants_keep_the_layout():
+    x, strides = torch.randn(2, 3, 48)[..., :8], []
+    assert_parity(lambda x: strides.append(x.stride()) or x.sin(), (x,), reference=torch.sin, draws=2)
+    assert set(strides) == {x.stride()}
+
+
 def test_modules_compare_their_parameters():
     torch.manual_seed(0)
     module = nn.Sequential(nn.Linear(4, 5), nn.Tanh())

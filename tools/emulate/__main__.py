@@ -33,7 +33,7 @@ from fastprefix.ops.prefix_attention.registration import OPERATION as ATTENTION
 from fastprefix.ops.prompt_embedding.registration import OPERATION as EMBEDDING
 from fastprefix.ops.registration import NAMESPACE, Operation
 from fastprefix.parity import Case, attention_cases, embedding_cases, make_attention_case, measure
-from fastprefix.testing import Report, _compare, _Run
+from fastprefix.testing import Report, _compare, _find_leaves, _Run
 
 BACKEND = "emulated"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -237,7 +237,8 @@ def check(case: Case, dtype: torch.dtype) -> Report:
     inputs = case.build(dtype)
     results = []
     for function, more in ((case.operation, {"backend": BACKEND}), (getattr(reference, case.operation.__name__), {})):
-        run = _Run(function, inputs.tensors, True, inputs.options | more, None, True, False)
+        leaves = _find_leaves(inputs.tensors, True)
+        run = _Run(function, inputs.tensors, True, inputs.options | more, None, leaves, False)
         results.append(run.results(seed=0))
     found, exact = results
     rows = (_compare(name, found[name], exact[name], exact[name]) for name in found)

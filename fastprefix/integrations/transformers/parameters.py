@@ -113,7 +113,8 @@ def parameter_groups(
             gates ignore it. APT's gates are projections of a whole hidden state. At the rate of the prefix, they would
             all saturate at 1 within some tens of steps of Adam.
         peft_lr: the rate of the parameters that PEFT trains. The default 2e-4 is the rate of the LoRA paper.
-        weight_decay: the weight decay of all groups.
+        weight_decay: the weight decay of all groups, except of key biases. Those of padded keys are -inf, and some
+            optimizers would turn them into NaN.
         adapter_names: the adapters that are trained together, in batches whose rows name their adapters. They become
             parts of the model, so that Trainer, DistributedDataParallel and checkpoints include all of them. None
             selects the adapter in use.
@@ -151,10 +152,17 @@ def parameter_groups(
         rest += [p for p in method.parameters() if p.requires_grad and p not in apart]
         groups += [(prompt, usual.prompt if prompt_lr is None else prompt_lr), (gates, gate_rate), (rest, usual.rest)]
         rest = []
-    options, seen = [], set[nn.Parameter]()
+    biases = {p for adapter in adapters for name, p in adapter.method.named_parameters() if "key_biases" in name}
+    options, seen = list[dict[str, Any]](), set[nn.Parameter]()
     for parameters, rate in (*groups, (beside, peft_lr)):
         if fresh := [p for p in parameters if p not in seen]:  # a composition shares the parameters of its parts
-            options.append({"params": fresh, "lr": rate, "weight_decay": weight_decay})
+            decayed = [p for p in fresh if p not in biases or weight_decay == 0.0]
+            undecayed = [p for p in fresh if p in biases and weight_decay != 0.0]
+            options += [
+                {"params": of, "lr": rate, "weight_decay": decay}
+                for of, decay in ((decayed, weight_decay), (undecayed, 0.0))
+                if of
+            ]
             seen.update(fresh)
     attachment.together = set(adapter_names or ())
     attachment.register_together(base)

@@ -248,12 +248,7 @@ def refuse_occupied(folder: Path, description: Mapping[str, Any], what: str) -> 
 
 def is_own(folder: Path) -> bool:
     """Return whether this package wrote the adapter in a folder."""
-    try:
-        with open_safetensors(folder / WEIGHTS_FILE) as file:
-            header = file.metadata() or {}
-    except ValueError:  # the file is missing or damaged
-        header = {}
-    return _HEADER in header or _VERSION in _read_options(folder / CONFIG_FILE)
+    return bool(_is_signed(folder / WEIGHTS_FILE)) or _VERSION in _read_options(folder / CONFIG_FILE)
 
 
 def _read_options(path: Path) -> dict[str, Any]:
@@ -332,7 +327,16 @@ def _locate_carried(directory: Path, name: str) -> Path:
 def _list_carried(directory: Path) -> dict[str, Path]:
     """Return the files of adapters in a PEFT directory by name."""
     files = sorted((directory / CARRIED).glob("*.safetensors"))
-    return {unquote(path.stem): path for path in files if path.name != WEIGHTS_FILE}
+    return {unquote(path.stem): path for path in files if path.name != WEIGHTS_FILE and _is_signed(path) is not False}
+
+
+def _is_signed(path: Path) -> bool | None:
+    """Return whether this package wrote a file of tensors, or None if the file is damaged."""
+    try:
+        with open_safetensors(path) as file:
+            return _HEADER in (file.metadata() or {})
+    except ValueError:
+        return None
 
 
 def write_carried(model: PreTrainedModel, directory: Path) -> Callable[[], None]:
@@ -361,8 +365,8 @@ def write_carried(model: PreTrainedModel, directory: Path) -> Callable[[], None]
             path.parent.mkdir(parents=True, exist_ok=True)
             replace_file(path, lambda place: save_file(tensors, place, metadata=metadata))
         for each, path in _list_carried(directory).items():
-            if attachment is None or each not in attachment.adapters:
-                path.unlink()
+            if (attachment is None or each not in attachment.adapters) and _is_signed(path):
+                path.unlink(missing_ok=True)
 
     return write
 
@@ -479,7 +483,7 @@ def read_prefix(
         token: the access token for the Hub.
 
     Returns:
-        The keys, the values and the key biases of the prefix, and its ``prefix_position``.
+        The keys, the values and the key biases of the prefix, and how it moves the tokens.
 
     Raises:
         FileNotFoundError: if there is no adapter in the directory.
@@ -501,7 +505,7 @@ def read_prefix(
         for i in range(layers)
     ]
     biases = [tensors[f"key_biases.{i}"] for i in range(layers)] if config.key_bias else None
-    return PrefixState(pairs, biases, config.prefix_position)
+    return PrefixState(pairs, biases, config.prefix_position, config.position_shift)
 
 
 def locate_adapter(

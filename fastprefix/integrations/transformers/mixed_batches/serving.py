@@ -264,7 +264,6 @@ class AdapterStore:
         layers = self.routing.list_layers()
         state.check_shapes("source", [layer.whole_shape for layer in layers])
         length = state.length
-        shift = length if state.prefix_position == "shift" else 0
         indices = {layer.module: index for index, layer in enumerate(layers)}
         pairs: list[Prefix] = state.pairs
         biases: list[Tensor | None] = [None] * len(layers) if state.biases is None else [*state.biases]
@@ -274,7 +273,7 @@ class AdapterStore:
         prefixes = {
             layer.module: KeyedPrefix(*pair, bias) for layer, pair, bias in zip(layers, pairs, biases, strict=True)
         }
-        return Part(name, length, shift, indices), prefixes
+        return Part(name, length, state.shift, indices), prefixes
 
 
 def _identify(prefixes: Mapping[nn.Module, KeyedPrefix]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -130,6 +131,7 @@ def swap_prefix(model: nn.Module, sources: PrefixSource | Sequence[PrefixSource]
     given: Sequence[PrefixSource] = [sources] if isinstance(sources, str | os.PathLike | PrefixState) else sources
     states = [each if isinstance(each, PrefixState) else read_prefix(model, each) for each in given]
     _check_sources(method, states)
+    states = [_copy_shared(state, prefix) for state in states]
     if is_fully_sharded(base):
         reshard(base)
         _write_sharded(method, prefix, states)
@@ -139,6 +141,16 @@ def swap_prefix(model: nn.Module, sources: PrefixSource | Sequence[PrefixSource]
     for each in attachment.adapters.values():
         if isinstance(each.hooks, PrefixHooks):
             each.hooks.kept = None  # FSDP2 does not update the version counter of gathered parameters
+
+
+def _copy_shared(state: PrefixState, prefix: FreePrefix) -> PrefixState:
+    """Return a state without tensors that are views of a prefix's parameters, which are overwritten."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in prefix.parameters()}
+
+    def copy(tensor: Tensor) -> Tensor:
+        return tensor.clone() if tensor.untyped_storage().data_ptr() in own else tensor
+
+    return replace(state, pairs=[(copy(key), copy(value)) for key, value in state.pairs])
 
 
 @torch.no_grad()
@@ -196,6 +208,11 @@ def _check_sources(method: PrefixTuning, states: Sequence[PrefixState]) -> None:
             raise ValueError(
                 f"`sources` must have prefix_position={method.config.prefix_position!r}, as the prefix does, but have "
                 f"{state.prefix_position!r}."
+            )
+        if state.prefix_position == "shift" and len(states) == 1 and state.shift != method.position_shift():
+            raise ValueError(
+                f"`sources` must have a prefix that moves the tokens by {method.position_shift()} positions, but it "
+                f"moves them by {state.shift}. Attach a prefix with this `position_shift`."
             )
         if state.biases is not None and not method.config.key_bias:
             raise ValueError("`sources` must have no key biases for a prefix with key_bias=False.")

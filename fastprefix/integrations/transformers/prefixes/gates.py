@@ -50,9 +50,10 @@ def drop_by_row(cache: Cache, attribute: str) -> None:
         delattr(cache, attribute)
 
 
-def _select_rows(cache: Cache, name: str, rows: Any) -> None:
+def _select_rows(cache: Cache, name: str, *args: Any, **kwargs: Any) -> None:
     """Run a row-selecting method of a cache, and apply the same selection to every state per row."""
-    getattr(type(cache), name)(cache, rows)
+    getattr(type(cache), name)(cache, *args, **kwargs)
+    (rows,) = (*args, *kwargs.values())
     for attribute in getattr(cache, _HELD):
         setattr(cache, attribute, getattr(cache, attribute).select_rows(name, rows))
 

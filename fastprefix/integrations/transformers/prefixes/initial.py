@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,7 +27,6 @@ from ..sharding.tensor_parallel import TensorParallelHeads
 PIECE = 512
 """The number of tokens of a long text that are processed per forward pass."""
 _NAME = "fastprefix_pieces"
-_LONGEST_PATH = 256
 
 
 @dataclass(frozen=True)
@@ -39,16 +37,25 @@ class PrefixState:
         pairs: the keys ``[Hkv, m, D]`` and values ``[Hkv, m, Dv]`` of each layer.
         biases: the biases ``[Hkv, m]`` of the keys of each layer, or None.
         prefix_position: the prefix's option of that name, or None if it is unknown.
+        position_shift: the prefix's option of that name, or None for its length.
     """
 
     pairs: list[Prefix]
     biases: list[Tensor] | None = None
     prefix_position: str | None = None
+    position_shift: int | None = None
 
     @property
     def length(self) -> int:
         """Return the number of tokens."""
         return int(self.pairs[0][0].shape[1])
+
+    @property
+    def shift(self) -> int:
+        """Return the number of positions by which the prefix moves the tokens."""
+        if self.prefix_position != "shift":
+            return 0
+        return self.length if self.position_shift is None else self.position_shift
 
     def check_shapes(self, name: str, shapes: Sequence[AttentionShape]) -> None:
         """Check that the prefix fits these attention layers, with the same number of tokens in each.
@@ -124,10 +131,10 @@ def tokenize_text(model: PreTrainedModel, config: Any, tokenizer: Any) -> Tensor
     if config.init_text is None:
         return None
     if not isinstance(config.init_text, str):
-        raise TypeError(f"`init_text` must be the text as a string, got {config.init_text!r}.")
+        raise TypeError(f"`init_text` must be the text as a string, got {type(config.init_text).__name__}.")
     if tokenizer is not None and not callable(tokenizer):
         raise TypeError(f"`tokenizer` must be a tokenizer, got {tokenizer!r}. Load it with AutoTokenizer.")
-    if len(config.init_text) < _LONGEST_PATH and Path(config.init_text).is_file():
+    if os.path.isfile(config.init_text):  # noqa: PTH113 (Path.is_file raises errors for texts that cannot be paths)
         raise ValueError(
             f"`init_text` must be the text itself, but is the path of a file. Pass "
             f"Path({config.init_text!r}).read_text()."

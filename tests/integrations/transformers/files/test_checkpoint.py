@@ -298,6 +298,19 @@ def write_unknown(folder: Path) -> None:
     save_file({"weight": torch.zeros(3)}, folder / saving.WEIGHTS_FILE)
 
 
+def test_files_of_others_in_the_folder_of_carried_adapters_stay(tmp_path: Path) -> None:
+    model = fastprefix.attach(models.decoder(), fastprefix.PrefixTuningConfig(3), check=False)
+    foreign = tmp_path / "fastprefix" / "model.safetensors"
+    foreign.parent.mkdir()
+    save_file({"w": torch.ones(2)}, foreign)
+    before = foreign.read_bytes()
+    saving.write_carried(model, tmp_path)()
+    assert foreign.read_bytes() == before
+    assert {path.name for path in foreign.parent.iterdir()} == {"default.safetensors", "model.safetensors"}
+    loaded = fastprefix.load_adapter(models.decoder(), tmp_path)
+    assert torch.equal(loaded.fastprefix.prefix.keys[0], model.fastprefix.prefix.keys[0])
+
+
 def write_carried(folder: Path) -> None:
     (folder / "fastprefix").mkdir()
     (folder / "fastprefix" / "default.safetensors").write_bytes(b"prefix")

@@ -97,6 +97,20 @@ def test_a_text_must_be_long_enough_for_a_cartridge_and_no_path(tmp_path: Path) 
             fastprefix.attach(models.decoder(), config(3, init="text", init_text=str(path)), tokenizer=Words())
 
 
+@pytest.mark.parametrize("letter", ["\u6587", "\u0434", "\0"])
+def test_a_text_that_cannot_be_a_path_is_a_text(letter: str) -> None:
+    config = fastprefix.PromptTuningConfig(3, init="text", init_text=200 * letter)
+    fastprefix.attach(models.decoder(), config, tokenizer=lambda *_, **__: {"input_ids": [1, 2, 3]}, check=False)
+
+
+def test_private_texts_are_not_in_messages() -> None:
+    with pytest.raises(ValueError, match=r"init='normal' with `init_text`$"):
+        fastprefix.CartridgeConfig(3, init="normal", init_text="secret")
+    config = fastprefix.CartridgeConfig(3, init_text=["secret"])  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="`init_text` must be the text as a string, got list"):
+        fastprefix.attach(models.decoder(), config, tokenizer=Words())
+
+
 def test_a_text_and_a_tokenizer_of_another_kind_are_named() -> None:
     config = fastprefix.PromptTuningConfig(3, init="text", init_text="1 2 3")
     with pytest.raises(TypeError, match="`tokenizer` must be a tokenizer, got 'name'"):
@@ -247,6 +261,8 @@ def test_a_compacted_cache_is_loaded_served_and_trained(order: str, tmp_path: Pa
     gradients = [bias.grad for bias in model.fastprefix.key_biases]
     assert all(grad is not None and bool(torch.isfinite(grad).all()) and bool(grad.any()) for grad in gradients)
     optimizer.step()
+    coupled = torch.optim.SGD(fastprefix.parameter_groups(model, lr=1e-5, weight_decay=0.1))  # multiplies -inf
+    coupled.step()
     assert float(model.fastprefix.key_biases[0][1, 2]) == -torch.inf
     assert not torch.equal(model.fastprefix.key_biases[0], biases[0])
 

@@ -304,6 +304,29 @@ def test_prefixes_are_swapped_in_place(lengths: tuple[int, ...]) -> None:
     assert places == [p.data_ptr() for p in model.fastprefix.parameters()]
 
 
+def test_halves_of_a_prefix_are_exchanged() -> None:
+    """Sources that are views of the prefix are read before it is overwritten."""
+    model = fastprefix.attach(models.decoder(), fastprefix.PrefixTuningConfig(4, **SHIFT), check=False)
+    fastprefix.swap_prefix(model, state_of(0, 4))
+    pairs = model.fastprefix.prefixes()
+    halves = [
+        fastprefix.PrefixState([(k[:, part].detach(), v[:, part].detach()) for k, v in pairs])
+        for part in (slice(2, 4), slice(2))
+    ]
+    fastprefix.swap_prefix(model, halves)
+    assert_close(prefixes(model), [(k.roll(2, 1), v.roll(2, 1)) for k, v in state_of(0, 4).pairs])
+
+
+def test_a_prefix_that_moves_tokens_further_is_not_swapped_in(tmp_path: Path) -> None:
+    config = fastprefix.PrefixTuningConfig(4, **SHIFT, position_shift=40)
+    fastprefix.save_adapter(fastprefix.attach(models.decoder(), config, check=False), tmp_path)
+    model = fastprefix.attach(models.decoder(), fastprefix.PrefixTuningConfig(4, **SHIFT), check=False)
+    with pytest.raises(ValueError, match="moves the tokens by 4 positions, but it moves them by 40"):
+        fastprefix.swap_prefix(model, tmp_path)
+    same = fastprefix.attach(models.decoder(), config, check=False)
+    fastprefix.swap_prefix(same, tmp_path)
+
+
 def test_an_average_is_swapped_in(tmp_path: Path) -> None:
     model = fastprefix.attach(models.decoder(), fastprefix.PrefixTuningConfig(4, **SHIFT), check=False)
     given = [state_of(seed, 4) for seed in range(2)]

@@ -193,7 +193,8 @@ def test_a_gate_is_held_once_its_sequence_has_begun(name: str, static: bool) -> 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))])
 @pytest.mark.parametrize("method", ["reorder_cache", "batch_select_indices", "batch_repeat_interleave"])
-def test_gates_follow_the_rows_of_a_cache(method: str, copied: Any) -> None:
+@pytest.mark.parametrize("by_name", [False, True])
+def test_gates_follow_the_rows_of_a_cache(method: str, copied: Any, by_name: bool) -> None:
     model = decoder("llama")
     rows = {"reorder_cache": [1, 0], "batch_select_indices": [1], "batch_repeat_interleave": [0, 0, 1, 1]}[method]
     mask = torch.ones_like(IDS)
@@ -203,7 +204,12 @@ def test_gates_follow_the_rows_of_a_cache(method: str, copied: Any) -> None:
         given = model(IDS[:, :6], attention_mask=mask[:, :6], position_ids=positions(mask)[:, :6], use_cache=True)
         original = find_cache(given)
         cache = copied(original)
-        getattr(cache, method)(2 if method == "batch_repeat_interleave" else torch.tensor(rows))
+        names = {"reorder_cache": "beam_idx", "batch_select_indices": "indices", "batch_repeat_interleave": "repeats"}
+        selected = 2 if method == "batch_repeat_interleave" else torch.tensor(rows)
+        if by_name:
+            getattr(cache, method)(**{names[method]: selected})
+        else:
+            getattr(cache, method)(selected)
         for moved, ids, seen in ((cache, IDS[rows], mask[rows]), (original, IDS, mask)):
             last = model(
                 input_ids=ids[:, 6:],
