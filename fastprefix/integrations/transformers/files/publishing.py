@@ -15,6 +15,7 @@ from ...._version import __version__
 from ....methods import MethodConfig
 from ..attachment import get_attachment, use_adapter
 from ..models.tuners import find_base_model, has_tuner_layers
+from ..sharding.tensor_parallel import refuse_sharded
 from .peft_format import read_json
 from .saving import CONFIG_FILE, refuse_occupied, save_adapter
 
@@ -53,10 +54,11 @@ def push_to_hub(
         The URL of the commit.
 
     Raises:
-        ValueError: if the adapter cannot be saved, or if the repository contains an adapter of another library or a
-            whole model, as for ``save_adapter``. Nothing is published.
+        ValueError: if the adapter cannot be saved, if the model is sharded, or if the repository contains an adapter of
+            another library or a whole model, as for ``save_adapter``. Nothing is published.
     """
     attachment, base = get_attachment(model), find_base_model(model)
+    refuse_sharded(base, "publish an adapter. Call save_adapter on all ranks, then upload the folder from one of them")
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as former:
         save_adapter(model, folder, name=name, format=format)
         api = HfApi(token=token, library_name="fastprefix", library_version=__version__)

@@ -12,6 +12,7 @@ from huggingface_hub import ModelCard, constants
 from transformers import Trainer
 
 import fastprefix
+from fastprefix.integrations.transformers.sharding import tensor_parallel
 
 from .... import models
 from ..test_attach import METHODS, attached
@@ -161,6 +162,14 @@ def test_a_repository_with_something_else_is_refused(name: str, content: Any, wh
     with pytest.raises(ValueError, match=f"`repo_id` must be a separate repository, but 'org/adapter' contains {what}"):
         fastprefix.push_to_hub(attached("decoder", "prefix"), "org/adapter")
     assert hub.branches["org/adapter"]["main"] == before
+
+
+def test_a_sharded_model_does_not_publish(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the first rank has the files."""
+    model = attached("prompt")
+    monkeypatch.setattr(tensor_parallel, "is_sharded", lambda model: True)
+    with pytest.raises(ValueError, match=r"must not be sharded .* publish an adapter\. Call save_adapter"):
+        fastprefix.push_to_hub(model, "o/r")
 
 
 def test_trainer_publishes_what_load_adapter_reads(hub: Hub, tmp_path: Path) -> None:
