@@ -166,7 +166,7 @@ def test_a_repository_with_something_else_is_refused(name: str, content: Any, wh
 
 def test_a_sharded_model_does_not_publish(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only the first rank has the files."""
-    model = attached("prompt")
+    model = attached("decoder", "adept")
     monkeypatch.setattr(tensor_parallel, "is_sharded", lambda model: True)
     with pytest.raises(ValueError, match=r"must not be sharded .* publish an adapter\. Call save_adapter"):
         fastprefix.push_to_hub(model, "o/r")
