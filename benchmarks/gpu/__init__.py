@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -100,10 +101,11 @@ def run(options: argparse.Namespace) -> int:
         record.environment |= {"commit": options.commit, "dirty": False}
     record.settings["clocks"] = {"start": device.read_clocks()}
     add, end = partial(record.add, path=options.out), time.monotonic() + SECONDS
+    stage: Any
     for name in options.stages:
         (stage, seconds), start = STAGES[name], time.monotonic()
         if name == "speed" and "first" not in options.stages:
-            stage = partial(measure_speed, measured=())
+            stage = partial(stage, measured=())
         with keep_going(add, {}, "stage", name):  # only a failure of the first stage makes the following ones useless
             stage(add, min(seconds, end - start))
         record.settings["seconds"][name] = round(time.monotonic() - start, 1)

@@ -152,7 +152,7 @@ class AttentionBackward {
   bool several_tiles() const { return !several_ranges() && !tile(begin_).whole(); }
 
   // The number of elements that a block of queries keeps between tiles: kKept arrays of one number per query, and dq.
-  static constexpr int64_t kKept = 4;
+  static constexpr int64_t kKept = 6;
   int64_t kept_size() const { return (kKept + (needs_.query ? p_.D : 0)) * kQueries; }
 
   void allocate_sums() {
@@ -415,7 +415,9 @@ class AttentionBackward {
           store(by.m + c, maximum<A>(load(by.m + c), largest_score(strip, s.values, p.scale, c)));
     }
 
-    std::array<A*, kKept> list_kept() const { return {delta, prefix_delta, tokens_by.inverse, prefix_by.inverse}; }
+    std::array<A*, kKept> list_kept() const {
+      return {delta, prefix_delta, tokens_by.m, tokens_by.inverse, prefix_by.m, prefix_by.inverse};
+    }
     void keep(A* kept) const {
       for (const A* numbers : list_kept()) kept = std::copy_n(numbers, kQueries, kept);
     }

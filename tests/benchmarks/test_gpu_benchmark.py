@@ -207,13 +207,13 @@ def test_a_failing_stage_loses_no_other_result(tmp_path: Path, monkeypatch: pyte
         add([timed_row(case, "fused", "ours", "forward", [1e-3, 2e-3])], [])
         add([timed_row(case, "concat, flash", "theirs", "forward", [2e-3])], [])
 
-    monkeypatch.setattr(gpu, "STAGES", {"tests": (fail, 1), "speed": (work, 1)})
-    assert main(["gpu", "--out", str(tmp_path / "gpu.json"), "--stages", "tests", "speed"]) == 1
+    monkeypatch.setattr(gpu, "STAGES", {"tests": (fail, 1), "kernels": (work, 1)})
+    assert main(["gpu", "--out", str(tmp_path / "gpu.json"), "--stages", "tests", "kernels"]) == 1
     record = results.read(tmp_path / "gpu.json")
     assert [(fault["stage"], fault["message"]) for fault in record.faults] == [("tests", "RuntimeError: no such luck")]
     assert "no such luck" in record.faults[0]["traceback"]
     assert [row["direction"] for row in record.rows] == ["parity", "forward", "forward"]
-    assert set(record.settings["seconds"]) == {"tests", "speed"}
+    assert set(record.settings["seconds"]) == {"tests", "kernels"}
 
 
 @pytest.mark.usefixtures("on_cpu")
