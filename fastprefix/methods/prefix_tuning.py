@@ -232,7 +232,10 @@ def _copy_as_parameters(tensors: Sequence[Tensor], tokens: slice, trained: bool)
 
 
 def _separate_memory(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-    """Give each tensor of a ``state_dict`` its own storage, since safetensors refuses shared ones (a hook)."""
+    """Give each tensor of a ``state_dict`` its own storage, since safetensors refuses shared ones (a hook).
+
+    The keys and values of a prefix with frozen tokens are copies there, so writing into them changes nothing.
+    """
     for name, _ in module.named_parameters():
         tensor = state.get(prefix + name)
         if isinstance(tensor, Tensor) and not isinstance(tensor, nn.Parameter) and _are_plain(tensor):

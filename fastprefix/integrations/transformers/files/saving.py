@@ -462,7 +462,7 @@ def load_adapter(
         get_attachment(model).adapter.name_labels(base, labels)
         return model
     with restoring_adapters(model):
-        _attach(model, config, tensors, name, None, freeze_peft)
+        _attach(model, config, tensors, name, example_inputs, freeze_peft)
         peft_format.check_as_a_cache(base, get_attachment(model).hooks, tensors)
     return model
 
