@@ -38,6 +38,7 @@ struct Normalizers {
     inverse = arena.take<A>(kQueries);
   }
 
+  // Read the saved numbers. Queries past `count` see nothing.
   void read(const A* saved_m, const A* saved_l, int64_t count) {
     large = false;
     for (int64_t i = 0; i < kQueries; ++i) set(i, i < count ? saved_m[i] : A(0), i < count ? saved_l[i] : A(0));

@@ -20,7 +20,7 @@ _ARM = ("default", "neon_bf16")
 ARCHITECTURES = {"x86_64": _X86, "amd64": _X86, "aarch64": _ARM, "arm64": _ARM}
 """The instruction sets of each architecture, in ascending order."""
 INSTRUCTION_SETS = ARCHITECTURES.get(platform.machine().lower(), ("default",))
-"""Those of this machine's architecture."""
+"""The instruction sets of this machine's architecture, in ascending order."""
 
 
 @once

@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .base import LearningRates, check_positive, check_probability, register
+from ..ops.checks import check_probability
+from .base import LearningRates, check_positive, register
 from .budget import find_largest, read_embedding_width
 from .prompt_tuning import PromptTuning, PromptTuningConfig
 

@@ -50,13 +50,6 @@ def check_positive(name: str, value: object) -> None:
         raise ValueError(f"`{name}` must be a whole number of at least 1, got {value!r}")
 
 
-def check_probability(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"`{name}` must be a probability from 0 to 1, got {value!r}")
-    if not 0.0 <= value <= 1.0:
-        raise ValueError(f"`{name}` must be a probability from 0 to 1, got {value!r}")
-
-
 def check_count(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"`{name}` must be a whole number, got {value!r}")

@@ -7,7 +7,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from .base import MethodConfig, VisualMethod, check_choice, check_probability, register
+from ..ops.checks import check_probability
+from .base import MethodConfig, VisualMethod, check_choice, register
 from .shapes import VisionShape
 
 

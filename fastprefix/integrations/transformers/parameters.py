@@ -152,17 +152,18 @@ def parameter_groups(
         rest += [p for p in method.parameters() if p.requires_grad and p not in apart]
         groups += [(prompt, usual.prompt if prompt_lr is None else prompt_lr), (gates, gate_rate), (rest, usual.rest)]
         rest = []
-    biases = {p for adapter in adapters for name, p in adapter.method.named_parameters() if "key_biases" in name}
+    biases = set[nn.Parameter]()
+    if weight_decay != 0.0:
+        biases = {p for adapter in adapters for name, p in adapter.method.named_parameters() if "key_biases" in name}
     options, seen = list[dict[str, Any]](), set[nn.Parameter]()
     for parameters, rate in (*groups, (beside, peft_lr)):
         if fresh := [p for p in parameters if p not in seen]:  # a composition shares the parameters of its parts
-            decayed = [p for p in fresh if p not in biases or weight_decay == 0.0]
-            undecayed = [p for p in fresh if p in biases and weight_decay != 0.0]
-            options += [
-                {"params": of, "lr": rate, "weight_decay": decay}
-                for of, decay in ((decayed, weight_decay), (undecayed, 0.0))
-                if of
-            ]
+            for of, decay in (
+                ([p for p in fresh if p not in biases], weight_decay),
+                ([p for p in fresh if p in biases], 0.0),
+            ):
+                if of:
+                    options.append({"params": of, "lr": rate, "weight_decay": decay})
             seen.update(fresh)
     attachment.together = set(adapter_names or ())
     attachment.register_together(base)

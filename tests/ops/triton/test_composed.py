@@ -255,6 +255,14 @@ def test_calls_of_kernels_on_cuda(is_causal: bool, kernel: Any) -> None:
     assert [x.shape for x in gradients] == [q.shape, k.shape, v.shape]
 
 
+def test_the_longest_sequences_are_found() -> None:
+    a = canonical_arguments(**make("cpu", N=33, M=40))
+    of_queries, of_keys = (torch.tensor([[0] * n + [1] * (m - n), [2] * m]) for n, m in ((10, 33), (20, 40)))
+    packing = packed._make_packing(a, of_queries, of_keys)
+    assert packing.starts == ((0, 0), (10, 20), (33, 40), (66, 80))
+    assert packed.list_lengths(packing)[2:] == (33, 40)
+
+
 def test_calls_with_segments_on_cuda() -> None:
     with FakeTensorMode():
         q, do = (torch.empty(2, 8, 33, 64, dtype=torch.bfloat16, device="cuda") for _ in range(2))
@@ -322,7 +330,7 @@ def test_segments_are_refused_in_a_capture(monkeypatch: pytest.MonkeyPatch) -> N
 def test_sequences_stay_alive_on_the_stream_of_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
     recorded: list[str] = []
     tensor = SimpleNamespace(is_cuda=True, device="cuda:1", record_stream=recorded.append)
-    monkeypatch.setattr(packed, "_read_packing", lambda a: Packing(tensor, tensor, ((0, 0), (1, 1)), (1, 1)))  # type: ignore[arg-type]
+    monkeypatch.setattr(packed, "_read_packing", lambda a: Packing(tensor, tensor, ((0, 0), (1, 1)), (1, 1)))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
     with FakeTensorMode():
         packed.find_packing(make_call(20)._replace(query_segments=torch.zeros(1, 20, dtype=torch.int64)))

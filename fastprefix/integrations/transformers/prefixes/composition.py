@@ -209,10 +209,11 @@ def _check_sources(method: PrefixTuning, states: Sequence[PrefixState]) -> None:
                 f"`sources` must have prefix_position={method.config.prefix_position!r}, as the prefix does, but have "
                 f"{state.prefix_position!r}."
             )
-        if state.prefix_position == "shift" and len(states) == 1 and state.shift != method.position_shift():
-            raise ValueError(
-                f"`sources` must have a prefix that moves the tokens by {method.position_shift()} positions, but it "
-                f"moves them by {state.shift}. Attach a prefix with this `position_shift`."
-            )
         if state.biases is not None and not method.config.key_bias:
             raise ValueError("`sources` must have no key biases for a prefix with key_bias=False.")
+    shifts, expected = [state.shift for state in states], method.position_shift()
+    if all(state.prefix_position is not None for state in states) and sum(shifts) != expected:
+        raise ValueError(
+            f"`sources` must move the tokens by {expected} positions in total, as the prefix does, but move them by "
+            f"{shifts}. Attach a prefix with this `position_shift`."
+        )

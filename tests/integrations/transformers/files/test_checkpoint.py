@@ -219,6 +219,19 @@ def test_the_same_options_are_recognized_in_a_checkpoint(composed: bool, tmp_pat
         saving.read_carried(model, tmp_path)
 
 
+def test_files_of_others_in_the_folder_of_carried_adapters_stay(tmp_path: Path) -> None:
+    model = fastprefix.attach(models.decoder(), fastprefix.PrefixTuningConfig(3), check=False)
+    foreign = tmp_path / "fastprefix" / "model.safetensors"
+    foreign.parent.mkdir()
+    save_file({"w": torch.ones(2)}, foreign)
+    before = foreign.read_bytes()
+    saving.write_carried(model, tmp_path)()
+    assert foreign.read_bytes() == before
+    assert {path.name for path in foreign.parent.iterdir()} == {"default.safetensors", "model.safetensors"}
+    loaded = fastprefix.load_adapter(models.decoder(), tmp_path)
+    assert torch.equal(loaded.fastprefix.prefix.keys[0], model.fastprefix.prefix.keys[0])
+
+
 def _edit(path: Path, **options: object) -> None:
     description = {**json.loads(path.read_text()), **options}
     path.write_text(json.dumps({name: value for name, value in description.items() if value is not ...}))
@@ -296,19 +309,6 @@ def write_pickled_lora(folder: Path) -> None:
 
 def write_unknown(folder: Path) -> None:
     save_file({"weight": torch.zeros(3)}, folder / saving.WEIGHTS_FILE)
-
-
-def test_files_of_others_in_the_folder_of_carried_adapters_stay(tmp_path: Path) -> None:
-    model = fastprefix.attach(models.decoder(), fastprefix.PrefixTuningConfig(3), check=False)
-    foreign = tmp_path / "fastprefix" / "model.safetensors"
-    foreign.parent.mkdir()
-    save_file({"w": torch.ones(2)}, foreign)
-    before = foreign.read_bytes()
-    saving.write_carried(model, tmp_path)()
-    assert foreign.read_bytes() == before
-    assert {path.name for path in foreign.parent.iterdir()} == {"default.safetensors", "model.safetensors"}
-    loaded = fastprefix.load_adapter(models.decoder(), tmp_path)
-    assert torch.equal(loaded.fastprefix.prefix.keys[0], model.fastprefix.prefix.keys[0])
 
 
 def write_carried(folder: Path) -> None:

@@ -106,7 +106,7 @@ def test_a_text_that_cannot_be_a_path_is_a_text(letter: str) -> None:
 def test_private_texts_are_not_in_messages() -> None:
     with pytest.raises(ValueError, match=r"init='normal' with `init_text`$"):
         fastprefix.CartridgeConfig(3, init="normal", init_text="secret")
-    config = fastprefix.CartridgeConfig(3, init_text=["secret"])  # type: ignore[arg-type]
+    config = fastprefix.CartridgeConfig(3, init_text=["secret"])
     with pytest.raises(TypeError, match="`init_text` must be the text as a string, got list"):
         fastprefix.attach(models.decoder(), config, tokenizer=Words())
 

@@ -321,7 +321,7 @@ def test_a_prefix_that_moves_tokens_further_is_not_swapped_in(tmp_path: Path) ->
     config = fastprefix.PrefixTuningConfig(4, **SHIFT, position_shift=40)
     fastprefix.save_adapter(fastprefix.attach(models.decoder(), config, check=False), tmp_path)
     model = fastprefix.attach(models.decoder(), fastprefix.PrefixTuningConfig(4, **SHIFT), check=False)
-    with pytest.raises(ValueError, match="moves the tokens by 4 positions, but it moves them by 40"):
+    with pytest.raises(ValueError, match=r"move the tokens by 4 positions .*, but move them by \[40\]"):
         fastprefix.swap_prefix(model, tmp_path)
     same = fastprefix.attach(models.decoder(), config, check=False)
     fastprefix.swap_prefix(same, tmp_path)
