@@ -40,12 +40,12 @@ OVERLAID := $(OVERLAY)/.installed
 .PHONY: bench test matrix lint docs sanitize format install clean
 
 bench: $(BUILT) $(OVERLAID)
-	PYTHONPATH=$(abspath $(OVERLAY)) $(BIN)/python -m benchmarks $(BENCH)
+	PYTHONPATH="$$(realpath $(OVERLAY))" $(BIN)/python -m benchmarks $(BENCH)
 
 test: $(BUILT) $(OVERLAID)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal -m "not peft" $(TEST) $(OR_NONE)
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal tests/ops/triton $(TEST) $(OR_NONE)
-	OMP_NUM_THREADS=1 PYTHONPATH=$(abspath $(OVERLAY)) REQUIRE_PEFT=1 \
+	OMP_NUM_THREADS=1 PYTHONPATH="$$(realpath $(OVERLAY))" REQUIRE_PEFT=1 \
 		$(BIN)/python -m pytest --numprocesses auto --dist worksteal -m peft $(TEST) $(OR_NONE)
 
 matrix:
@@ -62,7 +62,7 @@ docs: $(DOCUMENTED)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 sanitize: $(INSTALLED)
-	PYTHON=$(abspath $(BIN)/python) tools/sanitize.sh -q $(TEST)
+	PYTHON="$$(realpath $(BIN))/python" tools/sanitize.sh -q $(TEST)
 
 format: $(BUILT)
 	$(BIN)/ruff format .

@@ -10,6 +10,7 @@ built, and ``0`` skips them. By default, they are built if possible. The package
 
 import os
 import platform
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -67,6 +68,10 @@ class Build(BuildExtension):  # type: ignore[misc]
                 raise
             print(f"fastprefix is installed without its CPU kernels: {error}", file=sys.stderr)
 
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        self.parallel = None  # libraries are built one at a time, since they share the attribute ``build_temp``
+
     def build_extension(self, extension: Extension) -> None:
         folder = self.build_temp
         self.build_temp = str(Path(folder) / extension.name)
@@ -85,7 +90,8 @@ class Wheel(bdist_wheel):
 
 def extensions() -> list[Extension]:
     wanted = os.environ.get("FASTPREFIX_BUILD_EXT", "")
-    reason = why_not_built(platform.system(), wanted, shutil.which(get_cxx_compiler()))
+    program = next(iter(shlex.split(get_cxx_compiler())), "")  # CXX may have arguments, such as "ccache g++"
+    reason = why_not_built(platform.system(), wanted, shutil.which(program))
     if reason is not None:
         if wanted == "1":
             raise SystemExit(f"FASTPREFIX_BUILD_EXT is 1, but the CPU kernels cannot be built: {reason}")

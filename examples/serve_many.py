@@ -78,7 +78,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=32)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=16, help="tokens to generate per request")
-    parser.add_argument("--room", type=int, default=80, help="virtual tokens of all adapters in memory")
+    parser.add_argument("--room", type=int, default=1024, help="virtual tokens of all adapters in memory")
     options = parser.parse_args()
 
     torch.manual_seed(0)

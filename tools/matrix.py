@@ -107,7 +107,8 @@ def install(environment: Environment, folder: Path) -> Path:
     """Create or update a virtual environment, and return the path of its Python."""
     place = folder / environment.name
     python, stamp = place / "bin" / "python", place / "requirements.txt"
-    wanted = "\n".join(environment.requirements)
+    files = [Path(each).read_text("utf-8") for each in environment.requirements if Path(each).is_file()]
+    wanted = "\n".join([*environment.requirements, *files])
     if not stamp.exists() or stamp.read_text("utf-8") != wanted or "--upgrade" in environment.requirements:
         print(f"installing {environment.name}: {' '.join(environment.requirements)}", flush=True)
         if not python.exists():

@@ -149,7 +149,8 @@ def run(options: argparse.Namespace, folder: Path, name: str) -> dict[str, str]:
     """Run the tests, and return the outcome of each test by name."""
     report = folder / f"{name}.xml"
     environment = {**os.environ, "HF_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = str(Path(__file__).parent.parent)
+    given = os.environ.get("PYTHONPATH", "")  # for example the folder of another transformers
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parent.parent), given]))
     if name == "accelerated":
         environment[LOG] = str(folder / "counts")
         Path(environment[LOG]).touch()

@@ -25,7 +25,7 @@ from transformers import AutoConfig, LlamaForCausalLM
 from transformers.distributed.configuration_utils import DistributedConfig
 
 from fastprefix import PrefixTuningConfig, PromptTuningConfig
-from fastprefix.integrations.transformers.models.attention import NAME, CarriedBindings, GivenPrefix, carrying, register
+from fastprefix.integrations.transformers.models.attention import NAME, CarriedBindings, GivenPrefix, carrying
 from fastprefix.integrations.transformers.sharding.fully_sharded import shard_like
 from fastprefix.integrations.transformers.sharding.tensor_parallel import HeadSplit, TensorParallelHeads
 from fastprefix.methods import AttentionShape, EmbeddingShape, PrefixTuning, PromptTuning
@@ -218,7 +218,6 @@ def make_adapter(config: Any, model: Any, layout: Layout, method: str, tokens: i
 
 def count_saved(config: Any, layout: Layout, method: str, tokens: int, rows: int, length: int) -> tuple[int, int]:
     """Return the bytes that a layer saves for its backward pass, and those of one recomputed layer, which are equal."""
-    register()
     options = config.to_dict() | {"num_hidden_layers": _TWO, "head_dim": config.head_dim}
     for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
         options[name] //= layout.tp

@@ -11,7 +11,8 @@ from .._once import once
 
 _FOLDER = Path(__file__).parent
 _NOT_BUILT = (
-    "its C++ extension was not built (no C++ compiler when the package was installed, or FASTPREFIX_BUILD_EXT=0)"
+    "its C++ extension was not built (no C++ compiler when the package was installed, a compiler that failed, or "
+    "FASTPREFIX_BUILD_EXT=0)"
 )
 
 
@@ -55,9 +56,12 @@ def find_library(folder: Path = _FOLDER, torch_version: str = torch.__version__)
     """Return the library in ``folder`` for this machine and a PyTorch version, or the reason why none can be used.
 
     The name of a library ends with the PyTorch version whose stable C++ interface it was compiled against (see
-    ``setup.py``). The library runs with this version and all later ones.
+    ``setup.py``). The library runs with this version and all later ones. If a compiler was too old for the instruction
+    set of this machine, the next lower one is used.
     """
-    found = {path.stem.rpartition("_abi")[2]: path for path in folder.glob(f"{find_instruction_set()}_abi*.so")}
+    usable = INSTRUCTION_SETS[: INSTRUCTION_SETS.index(find_instruction_set()) + 1]
+    by_set = (list(folder.glob(f"{name}_abi*.so")) for name in reversed(usable))
+    found = {path.stem.rpartition("_abi")[2]: path for path in next(filter(None, by_set), [])}
     if not found:
         return _NOT_BUILT
     abi, library = max(found.items(), key=lambda item: _parse_version(item[0], "_"))

@@ -125,6 +125,11 @@ def test_a_library_runs_with_its_pytorch_and_newer_ones(tmp_path: Path) -> None:
     assert reason == "its C++ extension requires PyTorch 2.11 or newer, but this is 2.10.1+cpu"
 
 
+def test_a_machine_uses_the_best_library_that_was_built(tmp_path: Path) -> None:
+    (tmp_path / "default_abi2_11.so").touch()
+    assert _native.find_library(tmp_path, "2.13.0") == tmp_path / "default_abi2_11.so"
+
+
 LIBRARIES = sorted(Path(_native.__file__).parent.glob("*.so"))
 
 
