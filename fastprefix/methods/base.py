@@ -88,7 +88,7 @@ class MethodConfig:
     """The options of a method.
 
     An option whose value can be private, such as a document, is a field with ``repr=False``. Its value appears in none
-    of ``repr``, ``to_dict`` and ``list_choices``.
+    of ``repr``, ``to_dict`` and ``list_choices``, and attached methods do not keep it.
 
     Args:
         num_virtual_tokens: length ``m`` of the prompt or prefix.
@@ -121,9 +121,14 @@ class MethodConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the options as plain data, with the method's name. Private texts are empty."""
-        options = {"method": self.method_name(), **dataclasses.asdict(self)}
-        private = [field.name for field in dataclasses.fields(self) if not field.repr]
-        return options | {name: "" for name in private if options[name] is not None}
+        return {"method": self.method_name(), **dataclasses.asdict(self.without_private())}
+
+    def without_private(self) -> Self:
+        """Return the configuration with empty texts and without tensors where values are private."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if not field.repr}
+        given = {name: value for name, value in values.items() if value is not None}
+        emptied: dict[str, Any] = {name: None if isinstance(value, Tensor) else "" for name, value in given.items()}
+        return dataclasses.replace(self, **emptied) if emptied else self
 
     def list_choices(self) -> list[tuple[str, Any]]:
         """Return the names and values of the options that differ from their defaults and are not private."""

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from .base import METHODS, MethodConfig, PrefixMethod, register
+from .base import METHODS, LearningRates, MethodConfig, PrefixMethod, register
 from .prefix_tuning import PrefixTuning, PrefixTuningConfig
 from .shapes import AttentionShape
 
@@ -56,6 +56,15 @@ class CompositionConfig(MethodConfig):
     def make_configs(self) -> list[Any]:
         """Return the configurations of the parts."""
         return [MethodConfig.from_dict(part) for part in self.parts]
+
+    @property
+    def learning_rates(self) -> LearningRates:  # type: ignore[override]
+        """Return the lowest rates of the trained parts, or of all parts if none is trained."""
+        configs = self.make_configs()
+        rates = [config.learning_rates for config, trained in zip(configs, self.trainable, strict=True) if trained]
+        rates = rates or [config.learning_rates for config in configs]
+        gates = [each.gates for each in rates if each.gates is not None]
+        return LearningRates(rest=min(each.rest for each in rates), gates=min(gates, default=None))
 
     @property
     def prefix_position(self) -> str:

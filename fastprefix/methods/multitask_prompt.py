@@ -46,6 +46,8 @@ class MultitaskPromptConfig(PromptTuningConfig):
         check_positive("rank", self.rank)
         check_choice("source_init", self.source_init, ("average", "task", "shared"))
         check_count("source_task", self.source_task)
+        if self.source is None and (self.source_init, self.source_task) != ("average", 0):
+            raise ValueError("`source_init` and `source_task` must be left out without `source`, which they describe")
         if self.source is not None and self.init != "random":
             raise ValueError(
                 f'`init` must be "random" with `source`, because the prompt starts from the source, got "{self.init}"'
@@ -128,7 +130,8 @@ class MultitaskPrompt(PromptTuning, ComputedPrompt):
         if ids is None:
             if self.config.num_tasks > 1:
                 raise ValueError(
-                    f"`task_ids` must be given. It selects one of {self.config.num_tasks} tasks for each row."
+                    f"`task_ids` must be given. It selects one of {self.config.num_tasks} tasks for each row. If it is "
+                    "given to a PEFT model, call fastprefix.set_adapter with that model first."
                 )
             return torch.zeros(batch, dtype=torch.long, device=self.shared.device)
         if not isinstance(ids, Tensor) or ids.dtype not in (torch.int64, torch.int32):

@@ -245,6 +245,8 @@ def _separate_memory(module: nn.Module, state: dict[str, Any], prefix: str, meta
 
 def _are_plain(*tensors: Tensor) -> bool:
     """Return True if all tensors are plain ones whose storage can be inspected, not sharded, fake or on "meta"."""
+    if torch._C._are_functorch_transforms_active():
+        return False
     return all(type(tensor.data) is Tensor and not tensor.is_meta for tensor in tensors)
 
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -35,10 +35,12 @@ class SHIPConfig(MethodConfig):
         bank: frozen prototypes ``[C, d]`` of the features of training images (see ``compute_bank``). An attribute token
             is then ``0.1 pattern + 0.9 learned``. Its pattern is ``softmax(cos(x, bank)) bank``, where x is one of the
             patches with the largest attention of the class token in the layer before. With None, attribute tokens are
-            only learned. A number creates a random bank of that size, whose values are to be loaded.
+            only learned. The configuration holds the number C as ``bank`` and the values as ``prototypes``. That of a
+            saved adapter has only the number, for which ``check=False`` of ``attach`` draws random values.
         matching_loss: True stores a loss in ``model.fastprefix.matching_loss`` in each call. Add it to the loss of the
             task. It is ``0.5 mean_i min_j (1 - cos(p_i, v_j))`` over the prompt tokens ``p_i`` and the 10 patches
             ``v_j`` with the largest attention of the class token, at the input of the last layer.
+        prototypes: the values of the bank. Pass them as ``bank``.
     """
 
     kind: ClassVar[str] = "visual"
@@ -50,6 +52,7 @@ class SHIPConfig(MethodConfig):
     strength: float = 0.1
     bank: Any = None
     matching_loss: bool = False
+    prototypes: Tensor | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -59,15 +62,16 @@ class SHIPConfig(MethodConfig):
         check_choice("matching_loss", self.matching_loss, (False, True))
         if not 0.0 < self.strength < 1.0:
             raise ValueError(f"`strength` must be between 0 and 1, got {self.strength!r}")
-        self.prototypes: Tensor | None = None
         if isinstance(self.bank, Tensor):
             if self.bank.ndim != 2 or not self.bank.is_floating_point():
                 raise ValueError(
                     f"`bank` must be a floating-point tensor [C, d], got {self.bank.dtype} {list(self.bank.shape)}"
                 )
-            self.prototypes, self.bank = self.bank, len(self.bank)
+            self.prototypes, self.bank = self.bank.detach(), len(self.bank)
         if self.bank is not None:
             check_positive("bank", self.bank)
+        if self.prototypes is not None and len(self.prototypes) != self.bank:  # a copy with another bank
+            self.prototypes = None
         self._check_layers()
 
     def _check_layers(self) -> None:
@@ -100,8 +104,11 @@ class SHIP(VisualMethod):
         self.attributed = self.entered[-2:] if config.num_attribute else []
         d = shape.width
         self.prompts = nn.Parameter(torch.empty(len(self.entered), config.num_virtual_tokens, d))
-        self.attributes = nn.Parameter(torch.empty(len(self.attributed), config.num_attribute, d))
-        self.shared = nn.Parameter(torch.empty(config.num_shared, d))
+        # Parameters without values would never get a gradient, for which DistributedDataParallel waits.
+        self.attributes = nn.Parameter(
+            torch.empty(len(self.attributed), config.num_attribute, d), requires_grad=config.num_attribute > 0
+        )
+        self.shared = nn.Parameter(torch.empty(config.num_shared, d), requires_grad=config.num_shared > 0)
         if config.bank is not None:
             self.bank = nn.Parameter(torch.empty(config.bank, d), requires_grad=False)
         self.matching_loss: Tensor | None = None

@@ -286,6 +286,7 @@ def test_a_baked_prompt_is_a_plain_one(method: ComputedPrompt) -> None:
         (lambda: fastprefix.MultitaskPromptConfig(5, num_tasks=2, rank=0), ValueError, "rank"),
         (lambda: fastprefix.MultitaskPromptConfig(5, num_tasks=2, source_init="best"), ValueError, "source_init"),
         (lambda: fastprefix.MultitaskPromptConfig(5, num_tasks=2, source_task=-1), ValueError, "source_task"),
+        (lambda: fastprefix.MultitaskPromptConfig(5, num_tasks=2, source_task=1), ValueError, "without"),
         (lambda: fastprefix.MultitaskPromptConfig(5, num_tasks=2, source="x", init="vocab"), ValueError, "init"),
         (lambda: fastprefix.PTuningConfig(5, encoder="gru"), ValueError, "encoder"),
         (lambda: fastprefix.PTuningConfig(5, encoder_hidden_dim=0), ValueError, "encoder_hidden_dim"),

@@ -1,5 +1,7 @@
 """Test visual methods without a model: options, initialization, parameter counts, rows."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -59,7 +61,19 @@ def test_ship_initialization_and_parameters(layers: list[int] | None, attributed
     for parameter in trained:
         assert 0.95 * bound < parameter.abs().max() <= bound
     assert torch.equal(method.bank, bank)
-    assert method.config.to_dict()["bank"] == 200
+    options = method.config.to_dict()
+    assert (options["bank"], options["prototypes"]) == (200, None)
+
+
+def test_copies_of_ships_options_keep_the_bank() -> None:
+    bank = torch.randn(7, 96)
+    config = fastprefix.SHIPConfig(2, bank=bank)
+    assert torch.equal(dataclasses.replace(config, strength=0.3).prototypes, bank)
+    other = torch.randn(5, 96)
+    assert torch.equal(dataclasses.replace(config, bank=other).prototypes, other)
+    for number in (None, 5):
+        copy = dataclasses.replace(config, bank=number)
+        assert (copy.bank, copy.prototypes) == (number, None)
 
 
 def test_ships_rows() -> None:

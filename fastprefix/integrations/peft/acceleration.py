@@ -23,7 +23,7 @@ from ..transformers.models.switching import evaluating, find_device, list_adapti
 from ..transformers.prompts.shared_prompt import find_reason_against_layers, share_always
 from ..transformers.sharding.tensor_parallel import is_tensor_parallel
 from .adaption_prompt import AdaptionPromptAcceleration, find_adapted_attentions, find_reason_not_fusable
-from .prefix import CachedPrefix, PrefixAcceleration, PromptLearning
+from .prefix import CachedPrefix, MethodReplacement, PrefixAcceleration, PromptLearning
 from .prompt import PromptAcceleration
 
 ATTRIBUTE = "fastprefix"
@@ -46,6 +46,8 @@ class Acceleration:
         self.handles: list[Any] = [] if hooks is None else [hooks]
         if not isinstance(hooks, PromptLearning):
             self.handles.append(Interception(peft_model, _refuse_names))
+            if hasattr(peft_model, "generate"):
+                self.handles.append(MethodReplacement(peft_model, "generate", _refuse_names))
         self.prompt_path = prompt_path
         """Hold "shared" if the prompt runs once for the whole batch, or "textbook: " and why it runs on PEFT's path.
 

@@ -12,9 +12,17 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..transformers.models.attention import CarriedBindings, GivenPrefix, carrying, get_carried_bindings
+from ..transformers.models.attention import (
+    BINDING,
+    CarriedBindings,
+    GivenPrefix,
+    carrying,
+    get_carried_bindings,
+    make_two_adapters_error,
+)
 from ..transformers.models.discovery import Layer
 from ..transformers.models.hooks import Forward, Interception
+from ..transformers.models.switching import runs_with_adapter
 from ..transformers.sharding.tensor_parallel import TensorParallelHeads
 from .prefix import CachedPrefix
 
@@ -31,12 +39,14 @@ class AdaptionPromptAcceleration(CachedPrefix):
         self.adapter_model = peft_model.base_model
         self.heads = TensorParallelHeads.find(model, layers)
         super().__init__(model, [layer.module for layer in layers])  # last, since it changes the model
-        self.handles += [Interception(module, functools.partial(self.run_adapted, module)) for module in adapted]
+        self.handles += [Interception(m, functools.partial(self.run_adapted, m), (model,)) for m in adapted]
 
     def carry_without_prefix(self) -> CarriedBindings | None:
         """Return the bindings of a call whose adapted attentions provide their own prompts."""
         if not self.adapter_model._enabled:
             return super().carry_without_prefix()
+        if runs_with_adapter(self.backbone) and any(hasattr(module, BINDING) for module in self.modules.values()):
+            raise make_two_adapters_error()
         former = get_carried_bindings()
         return CarriedBindings({}) if former is None else former
 

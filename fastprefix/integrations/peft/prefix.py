@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -36,6 +35,7 @@ from ..transformers.models.attention import (
 )
 from ..transformers.models.discovery import Layer, find_backbone
 from ..transformers.models.hooks import (
+    Around,
     Forward,
     Interception,
     asks_for,
@@ -74,7 +74,7 @@ class CachedPrefix:
         self.modules = {names[module]: module for module in attentions}
         self.implementation = Implementation(model, {})
         self.own_attention = _find_registered(self.implementation.list_former_attentions())
-        self.handles: list[RemovableHandle | Interception | WatchHandle] = [
+        self.handles: list[RemovableHandle | Interception | WatchHandle | MethodReplacement] = [
             self.backbone.register_forward_pre_hook(_refuse_replica),
             Interception(self.backbone, self.run),
             WatchHandle(self.modules.values()),
@@ -170,6 +170,41 @@ class _PeftCalls(threading.local):
 _CALLS = _PeftCalls()
 
 
+class MethodReplacement:
+    """A replacement for a method of a PEFT model, as an attribute of the model until ``remove``.
+
+    It runs ``around(former, args, kwargs)``. Other code may have replaced the method before. If other code still holds
+    this replacement afterwards, it only calls the former method.
+    """
+
+    def __init__(self, peft_model: nn.Module, name: str, around: Around) -> None:
+        self.peft_model = peft_model
+        self.name = name
+        self.around: Around | None = around
+        self.former: Callable[..., Any] | None = vars(peft_model).get(name)
+        vars(peft_model)[name] = self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.around is None:
+            return self.call_former(*args, **kwargs)
+        return self.around(self.call_former, args, kwargs)
+
+    def call_former(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the method that the model had before."""
+        if self.former is not None:
+            return self.former(*args, **kwargs)
+        return getattr(type(self.peft_model), self.name)(self.peft_model, *args, **kwargs)
+
+    def remove(self) -> None:
+        """Restore the former method, unless other code has replaced it again."""
+        self.around = None
+        attributes = vars(self.peft_model)
+        if attributes.get(self.name) is self:
+            del attributes[self.name]
+            if self.former is not None:
+                attributes[self.name] = self.former
+
+
 class PromptLearning(CachedPrefix):
     """The hooks of a model whose PEFT model calls ``get_prompt`` for its prefix or prompt, and then the model.
 
@@ -184,16 +219,18 @@ class PromptLearning(CachedPrefix):
             peft_model.register_forward_pre_hook(_refuse_replica),
             Interception(peft_model, self.call),
         ]
-        peft_model.get_prompt = self.get_prompt
+        self.replacement = MethodReplacement(peft_model, "get_prompt", self.get_prompt)
+        self.handles.append(self.replacement)
         if hasattr(peft_model, "generate"):
-            peft_model.generate = self.generate
+            self.handles.append(MethodReplacement(peft_model, "generate", self.generate))
 
-    def get_prompt(self, batch_size: int, task_ids: Tensor | None = None, max_cache_len: int | None = None) -> Any:
+    def get_prompt(self, former: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return PEFT's prompt, or in PEFT's own calls the replacement that ``make_prompt`` returns."""
         call = self.call_in_progress()
         if call is None:
-            return type(self.peft_model).get_prompt(self.peft_model, batch_size, task_ids, max_cache_len)
-        return self.make_prompt(call, batch_size, task_ids)
+            return former(*args, **kwargs)
+        arguments = name_arguments(("batch_size", "task_ids"), args, kwargs)
+        return self.make_prompt(call, arguments["batch_size"], arguments.get("task_ids"))
 
     def make_prompt(self, call: PeftCall, batch_size: int, task_ids: Tensor | None) -> Any:
         """Return the replacement for the prompt in one of PEFT's calls."""
@@ -203,7 +240,7 @@ class PromptLearning(CachedPrefix):
         """Return the hooks of a batch whose rows have different adapters."""
         raise NotImplementedError
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
+    def generate(self, former: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run PEFT's ``generate``, or with adapter names that of the base model with one adapter per row.
 
         In PEFT's ``disable_adapter``, names have no effect, as in PEFT's layers.
@@ -211,14 +248,12 @@ class PromptLearning(CachedPrefix):
         names = check_names(kwargs.pop("adapter_names", None))
         if names is not None and not self.peft_model._adapters_disabled:
             with torch.no_grad():
-                return self._run_mixed(names, self.peft_model.base_model.generate, args, kwargs)
-        return self.call(functools.partial(type(self.peft_model).generate, self.peft_model), args, kwargs)
+                arguments = name_arguments(("input_ids", "generation_config"), args, kwargs)
+                return self._run_mixed(names, self.peft_model.base_model.generate, arguments)
+        return self.call(former, args, kwargs)
 
-    def _run_mixed(
-        self, names: tuple[str, ...], function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
+    def _run_mixed(self, names: tuple[str, ...], function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
         """Run a function of the base model with one adapter per row. Its results contain the tokens alone."""
-        arguments = name_arguments(("input_ids", "attention_mask", "inputs_embeds", "labels"), args, kwargs)
         if self.mixture is None:
             self.mixture = self.make_mixture()
         return self.mixture.run_with(names, function, arguments)
@@ -226,18 +261,13 @@ class PromptLearning(CachedPrefix):
     def call(self, method: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a method of the PEFT model that calls ``get_prompt``."""
         if (names := check_names(kwargs.pop("adapter_names", None))) is not None:
-            return self._run_mixed(names, self.peft_model.base_model, args, kwargs)
+            arguments = name_arguments(("input_ids", "attention_mask", "inputs_embeds", "labels"), args, kwargs)
+            return self._run_mixed(names, self.peft_model.base_model, arguments)
         with self._track_call() as call:
             result = method(*args, **kwargs)
         if call.prompt is not None:
             raise RuntimeError(f"{type(self.peft_model.base_model).__name__} did not call its decoder with the prompt.")
         return result
-
-    def remove(self) -> None:
-        """Remove all hooks."""
-        super().remove()
-        del self.peft_model.get_prompt
-        self.peft_model.__dict__.pop("generate", None)
 
     def call_in_progress(self) -> PeftCall | None:
         """Return the PEFT model's call in progress in this thread, or None."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -51,14 +50,14 @@ class PromptAcceleration(PromptLearning):
         self.layer_names = {module: name for name, module in self.modules.items()}
         self.randomness = Randomness(self.backbone)
         if type(head) is nn.Linear:
-            self.handles.append(Interception(head, self.run_head))
+            self.handles.append(Interception(head, self.run_head, (model, self.backbone)))
         self.former_loss = vars(model).get(_LOSS)
         if getattr(model, "loss_function", None) is ForCausalLMLoss:
             setattr(model, _LOSS, self.compute_loss)
 
     def make_prompt(self, call: PeftCall, batch_size: int, task_ids: Tensor | None) -> Tensor:
         """Return a placeholder for the prompt in every row, or the prompts themselves if the rows' tasks differ."""
-        get_prompt = functools.partial(type(self.peft_model).get_prompt, self.peft_model)
+        get_prompt = self.replacement.call_former
         if task_ids is not None and not bool((task_ids == task_ids[:1]).all()):
             prompts: Tensor = get_prompt(batch_size, task_ids)
             return prompts

@@ -23,6 +23,7 @@ from transformers.utils.generic import ModelOutput
 
 from ...methods import Composition, MethodConfig, PrefixMethod, PromptMethod, VisualMethod
 from .models.attention import restore_checkpoints
+from .models.discovery import find_embedding
 from .models.switching import OPTIONS, OwnConfigurations, User, find_device
 from .models.tuners import Frozen, find_taken_by_peft, has_tuner_layers, list_tuner_parameters
 from .sharding.fully_sharded import shard_like
@@ -55,10 +56,15 @@ def find_trainable_modules(model: PreTrainedModel, names: list[str] | None) -> d
         return {name: modules[name] for name in names}
     if not _FRESH_HEAD.search(type(model).__name__):
         return {}
-    children = dict(model.named_children())
-    heads = {name: child for name, child in children.items() if child is not model.base_model}
+    heads = {name: child for name, child in model.named_children() if not _is_pretrained(model, child)}
     taken = find_taken_by_peft(model, heads)
     return {name: head for name, head in heads.items() if name not in taken and list(head.parameters())}
+
+
+def _is_pretrained(model: PreTrainedModel, child: nn.Module) -> bool:
+    """Return whether a child of a classifier is or contains a part of the pretrained model."""
+    parts = (model.base_model, find_embedding(model))
+    return any(isinstance(module, PreTrainedModel) or module in parts for module in child.modules())
 
 
 def find_state(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:

@@ -25,6 +25,7 @@ from ...methods import (
     PrefixMethod,
     PrefixTuning,
     PrefixTuningConfig,
+    SHIPConfig,
     VisualMethod,
 )
 from .adapter import Adapter, Attachment, Hooks, Method, find_trainable_modules, is_saved_by_transformers
@@ -47,12 +48,12 @@ from .models.switching import (
 from .models.tuners import find_base_model, has_tuner_layers
 from .prefixes.initial import check_cache_given, make_initial_prefix, tokenize_text
 from .prefixes.prefix import PrefixHooks
-from .prompts.multitask import read_source
+from .prompts.multitask import pass_task_ids, read_source
 from .prompts.prompt import EncoderPromptHooks, PromptHooks
 from .prompts.shared_prompt import SharedPromptHooks, find_reason_not_shareable, share_always
 from .prompts.task_prompts import TaskPromptHooks
 from .sharding.agreement import agree, do_together
-from .sharding.fully_sharded import reshard
+from .sharding.fully_sharded import is_fully_sharded, reshard
 from .sharding.partitioned import find_whole_shape, gathering_modules, runs_in_engine
 from .sharding.tensor_parallel import gather_full_tensor, is_sharded, is_tensor_parallel, make_alike
 from .vision.visual_prompt import VisionStack, VisualHooks, find_vision_stack
@@ -118,6 +119,7 @@ def attach(
             "fastprefix.compose."
         )
     check_cache_given(config, past_key_values)
+    _check_values_given(config, check)
     with use_adapter(base, None), gathering_modules(base):
         plan = _make_plan(base, config, example_inputs, check)
         if isinstance(plan.method, VisualMethod):
@@ -134,7 +136,8 @@ def attach(
             if isinstance(config, MultitaskPromptConfig) and isinstance(plan.method, MultitaskPrompt) and config.source:
                 plan.method.start_from(*read_source(config.source))
         make_alike(base, plan.method.parameters())
-        adapter = _make_adapter(base, config, plan, freeze_peft)
+        plan.method.config = plan.method.config.without_private()  # the model's files must not contain documents
+        adapter = _make_adapter(base, plan, freeze_peft)
     return install(model, adapter, name)
 
 
@@ -145,7 +148,7 @@ def attach_empty(
     base = find_base_model(model)
     _check_together(base, config, name)
     with use_adapter(base, None), gathering_modules(base):
-        adapter = _make_adapter(base, config, _make_plan(base, config, example_inputs, check=False), freeze_peft)
+        adapter = _make_adapter(base, _make_plan(base, config, example_inputs, check=False), freeze_peft)
     install(model, adapter, name)
 
 
@@ -208,6 +211,8 @@ def set_adapter(model: Model, name: str) -> Model:
         _warn_not_saved(base)
     if has_tuner_layers(base) and not attachment.had_tuners and not adapter.merged:
         adapter.train_again()
+    if model is not base and isinstance(adapter.method, MultitaskPrompt):
+        pass_task_ids(model)
     if former != name:
         _activate(base, attachment, name)
         if former is not None:
@@ -227,6 +232,8 @@ def _warn_not_saved(model: PreTrainedModel) -> None:
 @contextmanager
 def disable_adapter(model: nn.Module) -> Iterator[None]:
     """Run the model without its adapter in this context. The model stays frozen, and PEFT's layers stay active.
+
+    Afterwards, the adapter from before is in use again, also if others were attached in this context.
 
     Raises:
         ValueError: if the model has no method attached.
@@ -361,6 +368,19 @@ def _check_together(model: PreTrainedModel, config: MethodConfig, name: str) -> 
     agree(model, "attach an adapter", f"{name!r}, {config!r}, {type(model).__name__}, {digest}")
 
 
+def _check_values_given(config: MethodConfig, check: bool) -> None:
+    """Check that the parameters of a new method can be trained, and are given (small copies use random ones)."""
+    if torch.is_inference_mode_enabled():
+        raise ValueError(
+            "`model` must not get a new adapter inside torch.inference_mode(), where it cannot be trained."
+        )
+    if check and isinstance(config, SHIPConfig) and config.bank is not None and config.prototypes is None:
+        raise ValueError(
+            f"`bank` must be a tensor [C, d] of prototypes, but only its size is given, {config.bank}. Compute it with "
+            "fastprefix.compute_bank."
+        )
+
+
 def refuse_partitioned(model: nn.Module) -> None:
     """Refuse to add or remove parameters once DeepSpeed has partitioned them."""
     if runs_in_engine(model):
@@ -484,6 +504,7 @@ def _check_not_plain_text(model: PreTrainedModel, config: Any) -> None:
 
 def _make_plan(model: PreTrainedModel, config: MethodConfig, example_inputs: Inputs | None, check: bool) -> _Plan:
     """Build the uninitialized module of a method on the model's device, in float32 or the model's higher precision."""
+    config = copy.deepcopy(config)  # the caller may change it afterwards
     method_class = METHODS[config.method_name()][1]
     if issubclass(method_class, VisualMethod):
         return _make_visual_plan(model, method_class, config, example_inputs, check)
@@ -526,6 +547,8 @@ def _make_visual_plan(
     check: bool,
 ) -> _Plan:
     """Build a visual method for a vision model."""
+    if is_fully_sharded(model):
+        raise ValueError("`model` must not be sharded by FSDP2 yet for visual prompts. Attach before fully_shard.")
     stack = find_vision_stack(model, example_inputs)
     method = method_class(config, stack.shape)
     reason = method.sees_tokens(training=False) or stack.reason
@@ -617,7 +640,7 @@ def _find_table(model: PreTrainedModel) -> Tensor:
     return weight
 
 
-def _make_adapter(model: PreTrainedModel, config: MethodConfig, plan: _Plan, freeze_peft: bool) -> Adapter:
+def _make_adapter(model: PreTrainedModel, plan: _Plan, freeze_peft: bool) -> Adapter:
     method, layers, path, stack = plan
     hooks: Hooks
     if isinstance(method, VisualMethod):
@@ -639,7 +662,7 @@ def _make_adapter(model: PreTrainedModel, config: MethodConfig, plan: _Plan, fre
             hooks = EncoderPromptHooks(model, method)
         else:
             hooks = PromptHooks(model, method)
-    return Adapter(model, copy.deepcopy(config), method, hooks, freeze_peft)
+    return Adapter(model, method.config, method, hooks, freeze_peft)
 
 
 def install(model: Model, adapter: Adapter, name: str) -> Model:

@@ -45,7 +45,7 @@ from .models.attention import Prefix
 from .models.discovery import Layer, find_layers, find_method_layers
 from .models.hooks import Forward, Interception, count_past, name_arguments
 from .models.switching import evaluating, find_device, list_configurations, load_offloaded, loads_all_inside
-from .models.tuners import find_base_model, has_tuner_layers, read_tuner_state
+from .models.tuners import find_base_model, has_tuner_layers, read_tuner_state, refuse_different_rows
 from .prefixes.initial import find_shared_sources
 from .prefixes.prefix import PrefixHooks
 from .prompts.prompt import OffsetHooks, PromptHooks
@@ -467,6 +467,7 @@ class MergedPromptHooks(PrefixHooks):
         begins = count_past(name_arguments(self.names, args, kwargs)) == 0
         if self.is_up_to_date or not begins or torch.compiler.is_compiling():
             return super().run(forward, args, kwargs)
+        refuse_different_rows(self.backbone, "a merged prompt")
         tuners = read_tuner_state(self.backbone)
         if tuners is not None and tuners == self.tuners:
             return super().run(forward, args, kwargs)

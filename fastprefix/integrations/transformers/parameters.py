@@ -26,8 +26,8 @@ class ParameterCount:
     """The numbers of all parameters and of the trained parameters of a model. ``print`` shows them in one line.
 
     ``groups`` has the number of trained parameters of the method (key "fastprefix"), of each module that stays
-    trainable (key: its name), of adapters that are trained together with it (key "fastprefix_together"), and of PEFT's
-    layers, such as LoRA (key "peft").
+    trainable (key: its name), of adapters that are trained together with it (key "fastprefix_together"), of PEFT's
+    layers, such as LoRA (key "peft"), and of other parts that the caller has made trainable (key "other parts").
     """
 
     total: int
@@ -69,8 +69,11 @@ def count_parameters(model: nn.Module) -> ParameterCount:
         trained = {p for p in base.get_submodule(name).parameters() if p.requires_grad} - seen
         groups[name] = sum(p.numel() for p in trained)
         seen |= trained
-    if beside := _list_trained_beside(model, attachment):
-        groups[PEFT] = sum(p.numel() for p in beside)
+    others = _list_trained_beside(model, attachment)
+    if not has_tuner_layers(base):
+        others = [p for p in base.parameters() if p.requires_grad and p not in seen]
+    if others:
+        groups[PEFT if has_tuner_layers(base) else "other parts"] = sum(p.numel() for p in others)
     return ParameterCount(base.num_parameters(), groups)
 
 
@@ -131,8 +134,10 @@ def parameter_groups(
     for name, rate in rates.items():
         if rate is not None and not isinstance(rate, Real | torch.Tensor):
             raise TypeError(f"`{name}` must be a number, got {rate!r}.")
-        if rate is not None and rate < 0:
-            raise ValueError(f"`{name}` must not be negative, got {rate}.")
+        if rate is not None and not 0 <= float(rate) < float("inf"):
+            raise ValueError(f"`{name}` must be a finite number of at least 0, got {rate}.")
+    if isinstance(adapter_names, str) or (adapter_names is not None and not adapter_names):
+        raise ValueError(f"`adapter_names` must be a list with at least one name, got {adapter_names!r}.")
     attachment, base = get_attachment(model), find_base_model(model)
     adapters = [attachment.adapter]
     if adapter_names is not None:
@@ -146,10 +151,11 @@ def parameter_groups(
         method: Method = adapter.method
         usual = method.config.learning_rates if lr is None else LearningRates(lr, lr, None)
         gate_rate = usual.gates if gate_lr is None else gate_lr
+        named = {name: p for name, p in method.named_parameters() if p.requires_grad}
         prompt = method.list_prompt_parameters() if isinstance(method, PromptMethod) else []
-        gates = [] if gate_rate is None else [p for name, p in method.named_parameters() if "gate" in name]
+        gates = [] if gate_rate is None else [p for name, p in named.items() if "gate" in name]
         apart = {*prompt, *gates}
-        rest += [p for p in method.parameters() if p.requires_grad and p not in apart]
+        rest += [p for p in named.values() if p not in apart]
         groups += [(prompt, usual.prompt if prompt_lr is None else prompt_lr), (gates, gate_rate), (rest, usual.rest)]
         rest = []
     biases = set[nn.Parameter]()

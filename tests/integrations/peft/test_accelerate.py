@@ -648,3 +648,36 @@ def test_a_model_with_a_verified_small_copy_runs_once(monkeypatch: pytest.Monkey
     model.get_base_model().model.layers[-1].register_forward_hook(lambda *args: runs.append(1))
     assert fastprefix.accelerate(model).fastprefix.prompt_path == "shared"
     assert len(runs) == 1
+
+
+def test_adaption_prompts_beside_an_attached_prefix_are_refused() -> None:
+    model = fastprefix.accelerate(family("decoder", "adaption"))
+    base, inputs = model.get_base_model(), models.batch()
+    expected = model(**inputs).logits
+    fastprefix.attach(base, fastprefix.PrefixTuningConfig(4), check=False)
+    with pytest.raises(ValueError, match=r"an adapter of fastprefix\.attach in use"):
+        model(**inputs)
+    fastprefix.detach(base)
+    torch.testing.assert_close(model(**inputs).logits, expected)
+
+
+def test_generate_refuses_names_that_it_cannot_follow() -> None:
+    model = fastprefix.accelerate(family("decoder", "adaption"))
+    with pytest.raises(ValueError, match="`adapter_names` must not be given"):
+        model.generate(**models.batch(), adapter_names=["a", "b", "c"], max_new_tokens=2)
+
+
+@pytest.mark.parametrize("kind", ["prefix", "adaption"])
+def test_a_method_that_the_caller_replaced_is_called_and_restored(kind: str) -> None:
+    model, calls = family("decoder", kind), []
+    former: Any = model.generate
+
+    def generate(*args: Any, **kwargs: Any) -> Any:
+        calls.append(args)
+        return former(*args, **kwargs)
+
+    model.generate = generate
+    fastprefix.accelerate(model)
+    model.generate(**models.batch(), max_new_tokens=2, do_sample=False)
+    assert len(calls) == 1
+    assert fastprefix.decelerate(model).generate is generate

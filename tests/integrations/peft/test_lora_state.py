@@ -1,6 +1,7 @@
 """Test training, saving, merging and switching with LoRA and an adapter of this package on one model."""
 
 import copy
+import gc
 import pickle
 import warnings
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import LlamaForCausalLM, PreTrainedModel
 
 import fastprefix
 from fastprefix.integrations.transformers.attachment import get_method
@@ -762,3 +763,71 @@ def test_a_peft_model_publishes_both(monkeypatch: pytest.MonkeyPatch, tmp_path: 
         other = peft.PeftModel.from_pretrained(models.decoder().float(), "org/trained").eval()
         fastprefix.load_adapter(other, "org/trained")
         torch.testing.assert_close(logits(other), logits(of.model.eval()), rtol=1e-5, atol=1e-5)
+
+
+def test_rows_whose_activated_lora_begins_elsewhere() -> None:
+    lora = peft.LoraConfig(
+        task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "k_proj", "v_proj"], alora_invocation_tokens=[5, 6]
+    )
+    model = peft.get_peft_model(models.decoder(), lora).double().eval()
+    inputs = {"input_ids": torch.tensor([[9, 8, 5, 6, 7, 11, 12], [8, 9, 10, 7, 5, 6, 13]])}
+    fastprefix.attach(model, fastprefix.PromptTuningConfig(4, shared_prompt=False))
+    models.randomize(model)
+    expected = logits(model, **inputs)
+    fastprefix.detach(model)
+    fastprefix.attach(model, fastprefix.PromptTuningConfig(4))
+    models.randomize(model)
+    torch.testing.assert_close(logits(model, **inputs), expected, rtol=1e-9, atol=1e-9)
+    assert get_method(model).prompt_path == "textbook: PEFT's adapters differ by row"
+
+
+@pytest.mark.parametrize("method", ["llama-adapter", "merged prompt"])
+def test_what_runs_once_through_lora_refuses_adapters_by_row(method: str) -> None:
+    model = two_loras()
+    prompt = fastprefix.PromptTuningConfig(4)
+    attached(model, prompt if method == "merged prompt" else fastprefix.LlamaAdapterConfig(4))
+    if method == "merged prompt":
+        fastprefix.merge(model)
+    inputs = models.batch()
+    expected = logits(model, **inputs)
+    with pytest.raises(ValueError, match=r"`adapter_names` and activated LoRA must not be used with"), torch.no_grad():
+        model(**inputs, adapter_names=["b", "__base__", "default"])
+    torch.testing.assert_close(logits(model, **inputs), expected)  # PEFT leaves its hooks after an error
+
+
+def test_tasks_of_a_multitask_prompt_reach_it_through_peft() -> None:
+    model = peft.get_peft_model(models.decoder(), lora(task_type="CAUSAL_LM"))
+    fastprefix.attach(model, fastprefix.MultitaskPromptConfig(4, num_tasks=2, rank=2))
+    models.randomize(model)
+    inputs, tasks = models.batch(), torch.tensor([0, 1, 1])
+    expected = logits(model.get_base_model(), **inputs, task_ids=tasks)
+    assert torch.equal(logits(model, **inputs, task_ids=tasks), expected)
+    assert not torch.equal(logits(model, **inputs, task_ids=1 - tasks), expected)
+    model(**inputs, task_ids=tasks).logits.sum().backward()
+    fastprefix.detach(model)
+    assert logits(model, **inputs).isfinite().all()
+
+
+def count_models() -> int:
+    gc.collect()
+    return sum(isinstance(each, LlamaForCausalLM) for each in gc.get_objects())
+
+
+@pytest.mark.parametrize("method", ["prefix", "prompt", "adept"])
+def test_pefts_copies_of_modules_do_not_copy_the_model(method: str) -> None:
+    model = attached(models.decoder(), METHODS[method]())
+    expected = logits(model)
+    before = count_models()
+    around = peft.get_peft_model(model, lora(modules_to_save=["embed_tokens"], init_lora_weights=True))
+    fastprefix.set_adapter(around, "default")
+    torch.testing.assert_close(logits(around), expected)
+    assert count_models() == before
+
+
+def test_reentrant_checkpointing_follows_an_embedding_that_peft_wraps() -> None:
+    model = attached(models.decoder(), METHODS["prefix"]())
+    around = peft.get_peft_model(model, lora(modules_to_save=["embed_tokens"]))
+    fastprefix.set_adapter(around, "default")
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    around.train()(**models.batch()).logits.sum().backward()
+    assert all(p.grad is not None for p in model.fastprefix.parameters())

@@ -8,7 +8,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    DynamicCache,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
 
 import fastprefix
 from fastprefix.integrations.transformers.attachment import get_method
@@ -470,7 +476,7 @@ def test_tokens_shifted_beyond_the_positions_are_refused() -> None:
     inputs = {"input_ids": torch.ones(1, 59, dtype=torch.long), "position_ids": torch.arange(59)[None]}
     model(**inputs)
     inputs = {"input_ids": torch.ones(1, 60, dtype=torch.long), "position_ids": torch.arange(60)[None]}
-    with pytest.raises(ValueError, match=r"`num_virtual_tokens` = 5 extends an input of 60 tokens .* 64 positions"):
+    with pytest.raises(ValueError, match=r"at most 59 tokens, .* by 5 positions .* 64 positions, but has 60\."):
         model(**inputs)
 
 
@@ -481,3 +487,42 @@ def test_replicas_of_data_parallel_are_refused(method: str) -> None:
     model.model._is_replica = True
     with pytest.raises(RuntimeError, match=r"nn\.DataParallel cannot run"):
         model(**inputs)
+
+
+def test_positions_that_skip_padding_count_every_other_token() -> None:
+    options = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
+    config = RobertaConfig(**options, vocab_size=100, max_position_embeddings=34)
+    model = RobertaForSequenceClassification(config).eval()
+    fastprefix.attach(model, fastprefix.PrefixTuningConfig(8, prefix_position="shift"), check=False)
+    ids = torch.cat([torch.zeros(1, 1), torch.full((1, 23), 5.0), torch.ones(1, 2)], dim=1).long()
+    model(input_ids=ids)  # 24 tokens and padding
+    ids[0, 24] = 5
+    with pytest.raises(ValueError, match=r"`input_ids` must have at most 24 tokens, .* 32 positions, but has 25\."):
+        model(input_ids=ids)
+
+
+def test_adapters_are_not_attached_in_inference_mode() -> None:
+    with torch.inference_mode(), pytest.raises(ValueError, match=r"inside torch\.inference_mode"):
+        fastprefix.attach(models.decoder(), fastprefix.PrefixTuningConfig(2))
+
+
+def test_other_parts_that_the_caller_trains_are_counted() -> None:
+    model = fastprefix.attach(models.decoder(), fastprefix.PrefixTuningConfig(2))
+    before = fastprefix.count_parameters(model).trainable
+    model.model.norm.requires_grad_(True)
+    count = fastprefix.count_parameters(model)
+    assert count.groups["other parts"] == models.WIDTH
+    assert count.trainable == before + models.WIDTH
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "says"),
+    [
+        ({"input_ids": torch.zeros(1, 2)}, ValueError, "does not run on the given ones: "),
+        (torch.zeros(1, 2), TypeError, "`example_inputs` must be a dictionary of keyword arguments, got Tensor"),
+    ],
+    ids=["wrong dtype", "no dictionary"],
+)
+def test_example_inputs_on_which_the_model_does_not_run(given: Any, error: type[Exception], says: str) -> None:
+    with pytest.raises(error, match=says):
+        fastprefix.attach(models.decoder(), fastprefix.PrefixTuningConfig(2), example_inputs=given)

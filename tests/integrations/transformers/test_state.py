@@ -4,6 +4,8 @@ import copy
 import functools
 import itertools
 import pickle
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -723,3 +725,41 @@ def test_sharded_models_keep_their_adapter(method: str) -> None:
         assert same(logits(model), logits(models.decoder()))
     assert same(logits(model), logits(plain))
     assert same(logits(fastprefix.detach(model)), logits(models.decoder()))
+
+
+LOADED = """
+import sys, torch
+model = torch.load(sys.argv[1], weights_only=False)
+print(float(model(input_ids=torch.tensor([[5, 6, 7]])).logits.sum()))
+"""
+
+
+@pytest.mark.parametrize("method", ["prefix", "prompt"])
+def test_a_pickled_model_runs_in_another_process(method: str, tmp_path: Path) -> None:
+    model = attached(models.decoder(), method)
+    torch.save(model, tmp_path / "model.pt")
+    expected = float(logits(model, input_ids=torch.tensor([[5, 6, 7]])).sum())
+    command = [sys.executable, "-c", LOADED, str(tmp_path / "model.pt")]
+    found = subprocess.run(command, check=True, capture_output=True, text=True, cwd=Path(__file__).parents[3])
+    assert float(found.stdout) == pytest.approx(expected, rel=1e-9)
+
+
+def test_other_code_may_keep_generate_beyond_the_adapter() -> None:
+    model, inputs, options = models.decoder(), models.batch(), {"max_new_tokens": 3, "do_sample": False}
+    expected = model.generate(**inputs, **options)
+    fastprefix.attach(model, METHODS["prefix"]())
+    kept: Any = model.generate
+    vars(model)["generate"] = lambda *args, **kwargs: kept(*args, **kwargs)
+    fastprefix.detach(model)
+    assert torch.equal(kept(**inputs, **options), expected)
+    assert torch.equal(model.generate(**inputs, **options), expected)
+
+
+def test_a_configuration_that_the_caller_changes_afterwards_changes_no_adapter() -> None:
+    config = fastprefix.PrefixTuningConfig(4, prefix_position="shift")
+    model = fastprefix.attach(models.decoder(), config)
+    expected = logits(model)
+    config.num_virtual_tokens = 8
+    config.prefix_position = "none"
+    assert torch.equal(logits(model), expected)
+    assert model.fastprefix.config.num_virtual_tokens == 4

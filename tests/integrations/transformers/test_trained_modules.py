@@ -2,17 +2,25 @@
 
 import copy
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForSequenceClassification
+from transformers import (
+    CLIPConfig,
+    CLIPForImageClassification,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    T5Config,
+    T5ForQuestionAnswering,
+)
 
 import fastprefix
 
-from ... import models
+from ... import models, vision_models
 
 MODULES = {
     "tied": ["lm_head", "model.embed_tokens"],
@@ -262,3 +270,22 @@ def test_trained_modules_are_compiled_without_graph_breaks() -> None:
     torch.testing.assert_close(loss, model(**inputs).loss)
     loss.backward()
     assert gradients_of(model).keys() >= {"score.weight"}
+
+
+def t5_for_answers() -> Any:
+    return T5ForQuestionAnswering(T5Config(d_model=32, d_ff=48, d_kv=8, num_layers=2, num_heads=4, vocab_size=100))
+
+
+def clip_for_images() -> Any:
+    vision = {**vision_models.SIZES, "num_channels": 3}
+    return CLIPForImageClassification(CLIPConfig(vision_config=vision, num_labels=2))
+
+
+@pytest.mark.parametrize(("make", "head"), [(t5_for_answers, "qa_outputs"), (clip_for_images, "classifier")])
+def test_only_the_head_of_a_model_that_is_its_own_base_model_is_trained(make: Callable[[], Any], head: str) -> None:
+    model = make().eval()
+    assert model.base_model is model
+    fastprefix.attach(model, fastprefix.PrefixTuningConfig(2), check=False)
+    assert set(fastprefix.count_parameters(model).groups) == {"fastprefix", head}
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert all(name.startswith(("fastprefix.", f"{head}.")) for name in trained)

@@ -371,6 +371,8 @@ def shrink_method_config(model: PreTrainedModel, config: MethodConfig) -> Method
             changed[field.name] = "normal" if config.kind == "prefix" else "random"
         elif field.name in ("init_text", "source"):
             changed[field.name] = None
+        elif field.name in ("source_init", "source_task"):
+            changed[field.name] = field.default
         elif isinstance(value, float) and "dropout" in field.name:
             changed[field.name] = 0.0
         elif field.name == "modules_to_save" and value is not None:

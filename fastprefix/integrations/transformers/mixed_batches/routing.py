@@ -81,7 +81,7 @@ class Routing:
             attributes["generate"] = self.generate
 
     def remove(self) -> None:
-        """Remove the interceptions."""
+        """Remove the interceptions. Other code may still hold this object's ``generate``, which stays callable."""
         self.leave()
         if self.interception is not None:
             self.interception.remove()
@@ -93,7 +93,6 @@ class Routing:
                 del attributes["generate"]
             else:
                 attributes["generate"] = former
-        self.former_generate = None
 
     def run(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the model with the adapter in use, or with the adapters that the call names."""

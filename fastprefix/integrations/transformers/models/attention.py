@@ -606,8 +606,8 @@ def _get_own_attention() -> str | None:
     return None if _CALL.carried is None else _CALL.carried.own_attention
 
 
-def register() -> None:
-    """Register the attention and its masks with ``transformers``. Without these masks, padding would be lost."""
-    for name, mask in MASKS.items():
-        AttentionInterface.register(name, _run_attention_of_call)
-        AttentionMaskInterface.register(name, functools.partial(_make_mask_of_call, mask))
+# Registered at import, since a model that is loaded with ``torch.load`` calls its attention without any other call of
+# this package. Without these masks, padding would be lost.
+for _of, _mask in MASKS.items():
+    AttentionInterface.register(_of, _run_attention_of_call)
+    AttentionMaskInterface.register(_of, functools.partial(_make_mask_of_call, _mask))

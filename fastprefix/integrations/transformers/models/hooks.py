@@ -8,6 +8,7 @@ all layers, and passes the accumulated gradients of the leaves to the network on
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import threading
@@ -147,13 +148,17 @@ class Interception:
     It works for calls of the module and for direct calls of its ``forward``. It is stored in the instance attribute
     ``forward`` of the module, like accelerate's replacement. If accelerate has already replaced ``forward``, it is
     stored inside that replacement, so either can be removed first. It is copied and pickled with its module.
+
+    A copy of a part of a model, which PEFT makes of the modules that it trains, must not copy the whole model. So a
+    copy of the module without one of the ``owners``, by default the module itself, passes calls to the inner forward.
     """
 
     keyword: ClassVar[str | None] = None
     """An argument that it removes from calls. It is added to the signature for ``generate`` and Trainer's columns."""
 
-    def __init__(self, module: nn.Module, around: Around) -> None:
+    def __init__(self, module: nn.Module, around: Around, owners: Sequence[nn.Module] = ()) -> None:
         self.module = module
+        self.owners = tuple(owners) or (module,)
         self.around: Around | None = around
         attributes: dict[str, Any] = vars(module)
         slot = next(name for name in _FORWARD_SLOTS if name in attributes or name == "forward")
@@ -201,6 +206,11 @@ class Interception:
         last = [p for p in parameters if p.kind is inspect.Parameter.VAR_KEYWORD]
         return inside.replace(parameters=[*(p for p in parameters if p not in last), own, *last])
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Interception:
+        copied = memo[id(self)] = object.__new__(type(self))
+        vars(copied).update(_copy_with_owners(self, memo, {"around": None}))
+        return copied
+
     def remove(self) -> None:
         """Remove the interception. If another object still holds it, it passes every call to the inner forward."""
         self.around = None
@@ -220,6 +230,34 @@ class Interception:
                     holder.inner = self.inner
                     return
                 holder = holder.inner
+
+
+class PartHook:
+    """A forward hook on a part of a model. A copy of the part without one of its ``owners`` does nothing."""
+
+    def __init__(self, module: nn.Module, function: Callable[..., Any], owners: Sequence[nn.Module]) -> None:
+        self.module = module
+        self.owners = tuple(owners)
+        self.function: Callable[..., Any] | None = function
+
+    def __call__(self, *args: Any) -> Any:
+        return None if self.function is None else self.function(*args)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PartHook:
+        copied = memo[id(self)] = object.__new__(type(self))
+        vars(copied).update(_copy_with_owners(self, memo, {"function": None}))
+        return copied
+
+
+def _copy_with_owners(hook: Interception | PartHook, memo: dict[int, Any], alone: dict[str, Any]) -> dict[str, Any]:
+    """Return copies of the attributes of a hook, or only those of its module if no owner is copied with it.
+
+    ``alone`` has the values of the other attributes in that case.
+    """
+    if any(id(owner) in memo for owner in hook.owners):
+        return {name: copy.deepcopy(value, memo) for name, value in vars(hook).items()}
+    kept = {name: copy.deepcopy(value, memo) for name, value in vars(hook).items() if name in ("module", "inner")}
+    return {**kept, "owners": (kept["module"],), **alone}
 
 
 _FORWARD_SLOTS = ("_old_forward", "forward")

@@ -106,7 +106,7 @@ class Positions(NamedTuple):
             positions: the shifted positions of all tokens. None if they simply count up to ``rows``. They are not read
                 while tracing. On a GPU, they are only read if ``rows`` exceeds the table.
             rows: the length of a row, including the ``shift``.
-            shift: the number of virtual tokens.
+            shift: the number of positions by which the tokens are shifted.
         """
         if self.limit is None:
             return
@@ -116,8 +116,9 @@ class Positions(NamedTuple):
             rows = int(positions.max()) + 1 - self.first
         if rows > self.limit:
             raise ValueError(
-                f"`num_virtual_tokens` = {shift} extends an input of {rows - shift} tokens to {rows} positions, but "
-                f"the model has {self.limit} positions. Shorten the input or use fewer virtual tokens."
+                f"`input_ids` must have at most {self.limit - shift} tokens, because the adapter moves them by {shift} "
+                f"positions and the model has {self.limit} positions, but has {rows - shift}. Shorten the input or use "
+                "fewer virtual tokens."
             )
 
 

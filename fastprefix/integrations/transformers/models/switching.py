@@ -38,7 +38,6 @@ from .attention import (
     is_ours,
     make_additive,
     make_full_mask,
-    register,
     run_attention,
 )
 from .hooks import read_parameter_names
@@ -579,10 +578,15 @@ def run_trial(model: PreTrainedModel, example_inputs: Inputs | None = None) -> T
     The result is cached. ``example_inputs`` replace it.
 
     Raises:
+        TypeError: if ``example_inputs`` is not a mapping.
         ValueError: if this package's attention differs from the model's own, or the model does not run on the inputs.
     """
+    if not isinstance(example_inputs, Mapping | None):
+        raise TypeError(
+            f"`example_inputs` must be a dictionary of keyword arguments, got {type(example_inputs).__name__}."
+        )
     if example_inputs is not None or model not in _DONE:
-        choice, inputs, calls = _run_own(model, propose_inputs(model) if example_inputs is None else [example_inputs])
+        choice, inputs, calls = _run_own(model, example_inputs)
         attention = _choose_attention(model, inputs, calls)
         _DONE[model] = Trial(attention, inputs, find_device(model), model.dtype, choice)
     return _DONE[model].fit(model)
@@ -613,10 +617,10 @@ def runs_on_text(model: PreTrainedModel) -> bool:
     return is_plain_text(model) and set(run_trial(model).inputs) <= {"input_ids", "attention_mask", "use_cache"}
 
 
-def _run_own(model: PreTrainedModel, choices: Iterable[Inputs]) -> tuple[int, Inputs, list[_RecordedCall]]:
+def _run_own(model: PreTrainedModel, example_inputs: Inputs | None) -> tuple[int, Inputs, list[_RecordedCall]]:
     """Return the index of the first inputs on which the model runs, these inputs, and its own attention calls."""
     failures: list[Exception] = []
-    for inputs in choices:
+    for inputs in propose_inputs(model) if example_inputs is None else [example_inputs]:
         calls: list[_RecordedCall] = []
         try:
             with borrow_attention(model, _NAME, _record_calls(calls), make_full_mask):
@@ -626,9 +630,10 @@ def _run_own(model: PreTrainedModel, choices: Iterable[Inputs]) -> tuple[int, In
         else:
             return len(failures), inputs, calls
     why = f": {type(failures[-1]).__name__}: {failures[-1]}" if failures else "."
+    suggested = f"{model.main_input_name} of a size that its configuration suggests"
     raise ValueError(
         f"`example_inputs` must be keyword arguments on which {type(model).__name__} runs. It does not run on "
-        f"{model.main_input_name} of a size that its configuration suggests{why}"
+        f"{suggested if example_inputs is None else 'the given ones'}{why}"
     ) from (failures[-1] if failures else None)
 
 
@@ -900,7 +905,6 @@ class Implementation:
     """A model that runs on this package's attention, with bindings on its attention modules, until ``restore``."""
 
     def __init__(self, model: PreTrainedModel, bindings: dict[nn.Module, Binding]) -> None:
-        register()
         self.model = model
         self.name = run_trial(model).attention
         self.bindings = bindings

@@ -134,10 +134,46 @@ def _read_scale(item: tuple[str, Any]) -> tuple[object, ...]:
     return (name, scale.data_ptr(), scale._version) if isinstance(scale, Tensor) else (name, scale)
 
 
-def uses_adapter_names(model: nn.Module) -> bool:
-    """Return whether the call in progress selects a PEFT adapter per row (``adapter_names``)."""
-    hooks = (hook for layer in list_tuner_layers(model) for hook in layer._forward_pre_hooks.values())
-    return any(isinstance(hook, functools.partial) and "adapter_names" in hook.keywords for hook in hooks)
+_BY_ROW = ("adapter_names", "alora_offsets")
+"""The arguments of PEFT's layers with a value for each row: its adapter, and where an activated LoRA begins."""
+
+
+def differs_by_row(model: nn.Module) -> bool:
+    """Return whether PEFT's layers compute different functions for the rows of the call in progress."""
+    return bool(_list_hooks_by_row(model))
+
+
+def refuse_different_rows(model: nn.Module, what: str) -> None:
+    """Refuse a call whose rows have different PEFT adapters.
+
+    PEFT's hooks of the call are removed, since PEFT itself does not remove them after an error.
+
+    Args:
+        model: a model that may have PEFT's layers.
+        what: what runs once for all rows. The error message names it.
+
+    Raises:
+        ValueError: if PEFT's layers compute different functions for the rows of the call in progress.
+    """
+    hooks = _list_hooks_by_row(model)
+    for layer, number in hooks:
+        del layer._forward_pre_hooks[number]
+        layer._forward_pre_hooks_with_kwargs.pop(number, None)
+    if hooks:
+        raise ValueError(
+            f"`adapter_names` and activated LoRA must not be used with {what}, which runs through PEFT's layers once "
+            "for all rows. Run each adapter in its own batch, with set_adapter."
+        )
+
+
+def _list_hooks_by_row(model: nn.Module) -> list[tuple[nn.Module, int]]:
+    """Return PEFT's layers with the numbers of their hooks that pass on a value for each row."""
+    return [
+        (layer, number)
+        for layer in list_tuner_layers(model)
+        for number, hook in layer._forward_pre_hooks.items()
+        if isinstance(hook, functools.partial) and not hook.keywords.keys().isdisjoint(_BY_ROW)
+    ]
 
 
 def find_taken_by_peft(model: nn.Module, names: Collection[str]) -> list[str]:

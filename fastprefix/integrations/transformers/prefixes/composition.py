@@ -131,7 +131,7 @@ def swap_prefix(model: nn.Module, sources: PrefixSource | Sequence[PrefixSource]
     given: Sequence[PrefixSource] = [sources] if isinstance(sources, str | os.PathLike | PrefixState) else sources
     states = [each if isinstance(each, PrefixState) else read_prefix(model, each) for each in given]
     _check_sources(method, states)
-    states = [_copy_shared(state, prefix) for state in states]
+    states = [_copy_shared(state, method) for state in states]
     if is_fully_sharded(base):
         reshard(base)
         _write_sharded(method, prefix, states)
@@ -143,14 +143,15 @@ def swap_prefix(model: nn.Module, sources: PrefixSource | Sequence[PrefixSource]
             each.hooks.kept = None  # FSDP2 does not update the version counter of gathered parameters
 
 
-def _copy_shared(state: PrefixState, prefix: FreePrefix) -> PrefixState:
-    """Return a state without tensors that are views of a prefix's parameters, which are overwritten."""
-    own = {parameter.untyped_storage().data_ptr() for parameter in prefix.parameters()}
+def _copy_shared(state: PrefixState, method: PrefixTuning) -> PrefixState:
+    """Return a state without tensors that are views of a method's parameters, which are overwritten."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in method.parameters()}
 
     def copy(tensor: Tensor) -> Tensor:
         return tensor.clone() if tensor.untyped_storage().data_ptr() in own else tensor
 
-    return replace(state, pairs=[(copy(key), copy(value)) for key, value in state.pairs])
+    biases = None if state.biases is None else [copy(bias) for bias in state.biases]
+    return replace(state, pairs=[(copy(key), copy(value)) for key, value in state.pairs], biases=biases)
 
 
 @torch.no_grad()

@@ -198,8 +198,23 @@ def _runs_in_pieces(model: PreTrainedModel, layers: list[Layer], length: int) ->
     if not is_plain_text(model) or not all(layer.shape.causal for layer in layers):
         return False
     end = find_frequencies_end(model)
-    whole = end is None or length <= end
-    return whole and find_cache_parameter(read_parameter_names(find_runnable(model))) is not None
+    if end is not None and length > end:
+        return False
+    runnable = find_runnable(model)
+    return _has_only_attention(runnable) and find_cache_parameter(read_parameter_names(runnable)) is not None
+
+
+_PLAIN_LAYERS = ("DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer")
+"""The classes of a cache's layers with keys and values of the tokens alone, or with those of another layer."""
+
+
+def _has_only_attention(model: Any) -> bool:
+    """Return whether all layers of a model's cache hold keys and values. Convolutions, for example, hold states."""
+    try:
+        layers = DynamicCache(config=model.config).layers
+    except (AttributeError, KeyError, TypeError, ValueError):  # a configuration that describes no such cache
+        return False
+    return all(type(layer).__name__ in _PLAIN_LAYERS for layer in layers)
 
 
 def _run_in_pieces(model: PreTrainedModel, input_ids: Tensor) -> dict[nn.Module, Prefix]:
@@ -273,7 +288,7 @@ def read_cache(model: PreTrainedModel, config: Any, layers: list[Layer], past_ke
 def _list_entries(cache: Any) -> list[Any]:
     """Return (key, value, bias) of each entry of a cache."""
     if isinstance(cache, Cache):
-        return [_read_layer(layer) for layer in cache.layers]
+        return [_read_layer(layer, place) for place, layer in enumerate(cache.layers)]
     wrong = TypeError(
         "`past_key_values` must be a transformers Cache or a sequence of (key, value) or (key, value, bias), but "
         f"is {type(cache).__name__}."
@@ -296,12 +311,23 @@ def _list_entries(cache: Any) -> list[Any]:
     return entries
 
 
-def _read_layer(layer: Any) -> tuple[Any, Any, Any]:
-    """Return (key, value, bias) of a layer of a cache, without the unfilled rows of a static cache."""
+def _read_layer(layer: Any, place: int) -> tuple[Any, Any, Any]:
+    """Return (key, value, bias) of a layer of a cache, without the unfilled rows of a static cache.
+
+    Raises:
+        ValueError: if the layer does not hold the keys of all its tokens.
+    """
     key, value, bias = (getattr(layer, name, None) for name in ("keys", "values", "beta"))
-    if getattr(layer, "is_compileable", False) and isinstance(key, Tensor) and isinstance(value, Tensor):
+    if isinstance(key, Tensor) and isinstance(value, Tensor):
         filled = int(layer.get_seq_length())
-        key, value = key[..., :filled, :], value[..., :filled, :]
+        if filled > key.shape[-2]:
+            raise ValueError(
+                f"`past_key_values` must hold the keys of all tokens, but layer {place} holds {key.shape[-2]} of "
+                f"{filled}. Caches with sliding windows, quantized caches and those after a prefix do not. Fill a "
+                "DynamicCache() that is created without a configuration."
+            )
+        if getattr(layer, "is_compileable", False):
+            key, value = key[..., :filled, :], value[..., :filled, :]
     return key, value, bias
 
 

@@ -32,12 +32,13 @@ from ..models.attention import (
     refuse_lost_bindings,
     runs_again,
 )
-from ..models.discovery import Layer, find_backbone, find_first_tensor
+from ..models.discovery import Layer, find_backbone, find_embedding, find_first_tensor
 from ..models.hooks import (
     CallState,
     Cut,
     Forward,
     Interception,
+    PartHook,
     asks_for,
     check_mask_length,
     check_parameter_names,
@@ -55,6 +56,7 @@ from ..models.hooks import (
 )
 from ..models.positions import Positions, PositionShift, refuse_packed
 from ..models.switching import Implementation, runs_on_text
+from ..models.tuners import refuse_different_rows
 from ..sharding.fully_sharded import run_gathered
 from ..sharding.tensor_parallel import TensorParallelHeads
 from .gates import CallGates
@@ -348,6 +350,7 @@ class PrefixHooks:
     """A prefix method on a model, whose attention is "fastprefix" from ``install`` to ``remove``."""
 
     def __init__(self, model: PreTrainedModel, method: PrefixMethod, layers: list[Layer]) -> None:
+        self.model = model
         self.method = method
         text = runs_on_text(model)
         self.backbone = find_backbone(model) if text else model
@@ -358,9 +361,11 @@ class PrefixHooks:
         self.kept: KeptPrefixes | None = None  # reused while a sequence is generated
         self.state = _PrefixState()
         self.windows = any(layer.window is not None for layer in layers)
+        self.projects = any(layer.projection is not None for layer in layers)
         halves = model.config.is_encoder_decoder
         self.encoder: Any = model.get_encoder() if halves else None  # generation calls it directly
-        self.embedding = model.get_input_embeddings() if text else None
+        self.embedding = find_embedding(model) if text else None
+        self.tie_handle: RemovableHandle | None = None
         self.heads = TensorParallelHeads.find(model, layers)
         self.layers = layers
         self.bindings = self._make_bindings(PrefixCall(method, self.heads))  # of layers that are called by themselves
@@ -378,11 +383,20 @@ class PrefixHooks:
         self.handles = [Interception(self.backbone, self.run), WatchHandle(self.bindings)]
         if self.shift is not None:
             self.handles += self.shift.install()
-        if self.embedding is not None:
-            self.handles.append(self.embedding.register_forward_hook(self.tie))
+        self._hook_embedding()
         if self.encoder is not None:
             self.handles.append(Interception(self.encoder, self.run_encoder))
         self.handles += [handle for binding in self.bindings.values() for handle in binding.hook_layer()]
+
+    def _hook_embedding(self) -> None:
+        """Set the hook that ties the prefixes to the embedding, which may have been replaced."""
+        if self.embedding is None:
+            return
+        if self.tie_handle is not None:
+            self.tie_handle.remove()
+        self.embedding = find_embedding(self.model) or self.embedding
+        hook = PartHook(self.embedding, self.tie, (self.model, self.backbone))
+        self.tie_handle = self.embedding.register_forward_hook(hook)
 
     def _make_bindings(self, call: PrefixCall) -> dict[nn.Module, LayerBinding]:
         """Return the bindings of all layers to a call."""
@@ -416,6 +430,8 @@ class PrefixHooks:
             raise ValueError(
                 "`output_attentions` must be False with a prefix method, whose kernels do not return attention weights."
             )
+        if self.projects and not torch.compiler.is_compiling():
+            refuse_different_rows(self.backbone, type(self.method).__name__)
         gates = CallGates(arguments)
         if self.method.needs_hidden():
             gates.load_gates(arguments, self.backbone, getattr(self.method, "poolings", ()))
@@ -459,6 +475,8 @@ class PrefixHooks:
                 f"`use_reentrant` must be False for gradient checkpointing of {type(self.backbone).__name__}, since it "
                 "is not an encoder or decoder of text and gradients would not reach the prefixes."
             )
+        if self.embedding is not find_embedding(self.model):
+            self._hook_embedding()
 
     def run_encoder(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run an encoder. If it is called outside the model, compute new prefixes instead of reusing former ones."""
@@ -480,10 +498,10 @@ class PrefixHooks:
         name = find_cache_parameter(self.names)
         if encoder and ids is not None and arguments.get("position_ids") is None and name is not None:
             # Encoders count ids in different ways (RoBERTa skips padding), but all start after their cache.
-            rows = length + ids.shape[1]
-            if shift.positions.limit is not None and rows > shift.positions.limit and shift.positions.first > 0:
-                rows = length + int((ids >= shift.positions.first).sum(1).max())
-            shift.positions.check(None, rows, length)
+            rows, positions = length + ids.shape[1], shift.positions
+            if positions.limit is not None and rows > positions.limit and positions.by_ids is not None:
+                rows = length + int((ids != positions.by_ids).sum(1).max())
+            positions.check(None, rows, length)
             shift.begin(arguments, 0)
             arguments[name] = PrefixCache(len(self.method.shapes), length)
             return
@@ -515,6 +533,9 @@ class PrefixHooks:
         """Remove all hooks and restore the model's attention."""
         for handle in self.handles:
             handle.remove()
+        if self.tie_handle is not None:
+            self.tie_handle.remove()
+            self.tie_handle = None
         if self.implementation is not None:
             self.implementation.restore()
         if isinstance(self.method, Composition):

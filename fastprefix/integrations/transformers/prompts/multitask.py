@@ -8,7 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from ....methods import MultitaskPrompt, PromptMethod
+from ..adapter import MODULE
 from ..models.hooks import Forward, Interception
+from ..models.tuners import find_base_model
 
 NAME = "task_ids"
 PEFT_NAMES = {"shared": "prompt_embeddings", "columns": "prefix_task_cols", "rows": "prefix_task_rows"}
@@ -33,6 +35,33 @@ class TaskIds(Interception):
             return forward(*args, **kwargs)
         finally:
             self.method.task_ids = former
+
+
+class TaskIdsOfPeft(Interception):
+    """Pass ``task_ids`` from the calls of a PEFT model to the multitask prompt in use on its base model.
+
+    PEFT's own forward drops this argument. The interception outlasts ``detach``, and then changes nothing.
+    """
+
+    def __init__(self, peft_model: nn.Module) -> None:
+        super().__init__(peft_model, self.run)
+
+    def run(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a call with the method's ``task_ids`` set, if a multitask prompt is in use."""
+        method = getattr(find_base_model(self.module), MODULE, None)
+        if not isinstance(method, MultitaskPrompt) or kwargs.get(NAME) is None:
+            return forward(*args, **kwargs)
+        former, method.task_ids = method.task_ids, kwargs.pop(NAME)
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            method.task_ids = former
+
+
+def pass_task_ids(peft_model: nn.Module) -> None:
+    """Make the calls of a PEFT model pass their ``task_ids`` to a multitask prompt."""
+    if not isinstance(vars(peft_model).get("forward"), TaskIdsOfPeft):
+        TaskIdsOfPeft(peft_model)
 
 
 def list_task_handles(method: PromptMethod, *modules: nn.Module) -> list[Interception]:

@@ -30,6 +30,7 @@ from ..models.hooks import (
     CallState,
     Forward,
     Interception,
+    PartHook,
     asks_for,
     check_mask_length,
     check_parameter_names,
@@ -311,7 +312,9 @@ class PromptHooks:
     def _hook_pooler(self) -> None:
         pooler = getattr(self.backbone, "pooler", None)
         if isinstance(pooler, nn.Module):
-            self.handles.append(pooler.register_forward_pre_hook(self.crop_pooled))
+            self.handles.append(
+                pooler.register_forward_pre_hook(PartHook(pooler, self.crop_pooled, (self.model, self.backbone)))
+            )
             others = (child for child in self.backbone.children() if child is not pooler)
             self.handles += [child.register_forward_hook(self.keep_state) for child in others]
 
@@ -340,12 +343,13 @@ class PromptHooks:
         if self.entry_is_embedding:
             self.entry = self.embedding  # it may have been replaced
         self.hooked = self.embedding
-        self.interception = Interception(self.hooked, self.embed)
-        finish = self.hooked.register_forward_hook(self.finish_embedding)
+        owners = (self.model, self.backbone)
+        self.interception = Interception(self.hooked, self.embed, owners)
+        finish = self.hooked.register_forward_hook(PartHook(self.hooked, self.finish_embedding, owners))
         self.finish_id = finish.id
         self.embedding_handles = [self.interception, finish]
         if not self.entry_is_embedding:
-            self.embedding_handles.append(Interception(self.entry, self.enter))
+            self.embedding_handles.append(Interception(self.entry, self.enter, owners))
 
     def embed(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the embedding module on the caller's own ids, then add the method's offset and prompt to its output."""

@@ -49,7 +49,7 @@ from ..models.hooks import (
 )
 from ..models.positions import Positions, PositionShift, is_packed
 from ..models.switching import Implementation, find_device, preserve_state, switch_attention
-from ..models.tuners import read_tuner_state, uses_adapter_names
+from ..models.tuners import differs_by_row, read_tuner_state
 from ..sharding.fully_sharded import Gatherer, run_gathered
 from ..sharding.partitioned import any_partitioned
 from ..sharding.tensor_parallel import TensorParallelHeads, is_sharded
@@ -71,6 +71,9 @@ A second run of every layer costs launches, which can take the host longer than 
 sharing a prompt saved 600 tokens in layers of 10^8 parameters, and a step took 1.8 times as long.
 """
 
+
+RANDOM_ROWS = "dropout in the model differs by row"
+DIFFERENT_ROWS = "PEFT's adapters differ by row"
 
 _WEIGHS = ContextVar("weighs", default=True)  # False while a model is compared with the textbook
 
@@ -229,6 +232,7 @@ class SharedPromptHooks(PromptHooks):
     def install(self, model: PreTrainedModel) -> None:
         """Switch the model's attention, and set the hooks."""
         super().install(model)
+        self.kept = None
         self.handles += [WatchHandle(self.bindings), *self.shift.install()]
         if self.implementation is None:
             self.implementation = Implementation(model, self.bindings)
@@ -318,7 +322,7 @@ class SharedPromptHooks(PromptHooks):
     def find_reason_against(self, arguments: dict[str, Any]) -> str | None:
         """Return the reason why a call must run the prompt in every row, or None if it can share the prompt."""
         if self.randomness.acts():
-            return "dropout in the model differs by row"
+            return RANDOM_ROWS
         if not self.required and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             rows = len(next(each for each in self.read_tokens(arguments) if each is not None))
             saved = (rows - self.count) * self.method.config.num_virtual_tokens
@@ -334,8 +338,8 @@ class SharedPromptHooks(PromptHooks):
             return "attention weights are requested, which the fused kernels do not return"
         if self.positions.by_length is not None and self._computes_positions(arguments):
             return "rotary frequencies depend on the last position, which the model computes from more than the tokens"
-        if not torch.compiler.is_compiling() and count_past(arguments) == 0 and uses_adapter_names(self.backbone):
-            return "PEFT's adapters differ by row"
+        if not torch.compiler.is_compiling() and count_past(arguments) == 0 and differs_by_row(self.backbone):
+            return DIFFERENT_ROWS
         if (reason := find_reason_against_mask(arguments, self.windows)) is not None:
             return reason
         if (self.windows or self.method.changes_positions) and is_packed(arguments, self.backbone):
@@ -380,6 +384,7 @@ class SharedPromptHooks(PromptHooks):
         call = PromptCall(types, reach)
         captured = next(self.method.parameters()).is_cuda and torch.cuda.is_current_stream_capturing()
         if torch.is_grad_enabled() or compiling or captured:
+            self.kept = None  # some optimizers change weights without a change of their version counters
             return self.run_prompt(call)
         if by_length is not None and reach is not None and int(reach) + 1 >= by_length:
             return self.run_prompt(call)  # its keys are valid for this length only
@@ -523,11 +528,14 @@ class Randomness:
 def _has_dropout(module: nn.Module) -> bool:
     """Return whether anything in a module is random during training."""
     for submodule in module.modules():
-        if isinstance(submodule, nn.Dropout) and submodule.p > 0.0:
+        probability = getattr(submodule, "p", None)  # of nn.Dropout, and of the modules that PEFT has instead
+        if "Dropout" in type(submodule).__name__ and isinstance(probability, int | float) and probability > 0:
             return True
         for name, value in vars(submodule).items():
-            if isinstance(value, float) and value > 0.0 and re.search("drop|jitter|noise", name):
-                return True
+            if isinstance(value, (float, dict)) and name[0] != "_" and re.search("drop|jitter|noise", name):
+                rates = value.values() if isinstance(value, dict) else (value,)  # PEFT has one for each adapter
+                if any(isinstance(rate, float) and rate > 0.0 for rate in rates):
+                    return True
     return False
 
 
@@ -543,6 +551,8 @@ def _try_sharing(model: PreTrainedModel, layers: list[Layer]) -> str | None:
         hidden: Tensor = backbone(input_ids=ids, use_cache=False, **kwargs).last_hidden_state
         return hidden[:, -2:].double()
 
+    autocast = torch.is_autocast_enabled(device.type)
+    dtype = torch.get_autocast_dtype(device.type) if autocast else model.dtype
     with switch_attention(model, {}), preserve_state(model), torch.no_grad():
         alone = run(tokens, attention_mask=mask)
         both = torch.cat([torch.ones_like(mask), mask], dim=1)
@@ -554,7 +564,7 @@ def _try_sharing(model: PreTrainedModel, layers: list[Layer]) -> str | None:
         inputs = {"input_ids": tokens, "attention_mask": mask}
         with carrying(CarriedBindings({e.module: SharedBinding(shared, i, e) for i, e in enumerate(layers)})):
             actual = run(tokens, attention_mask=mask, position_ids=counts.move_ids(inputs, 3))
-        exact = _compare_rows(actual, textbook, alone, model.dtype)
+        exact = _compare_rows(actual, textbook, alone, dtype)
         return None if all(exact) else _explain_failure(run, tokens, positions, unpadded=exact[0])
 
 

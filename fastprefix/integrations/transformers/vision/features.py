@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from ....methods.base import check_positive
 from ..attachment import use_adapter
 from ..models.switching import evaluating, find_device
 from .visual_prompt import PIXELS, VisionStack, find_vision_stack, get_state
@@ -78,15 +79,17 @@ def compute_bank(
         TypeError: if a batch has no pixels.
         ValueError: if there are fewer features than prototypes, or the model has no stack of layers over an image.
     """
-    leading = find_vision_stack(model).leading
+    check_positive("count", count)
+    check_positive("most", most)
     if count > most:
         raise ValueError(f"`count` must be at most `most`, which is {most}, got {count}.")
-    every = [states[-1][:, leading:].flatten(0, 1).float().cpu() for states in _run_layers(model, images)]
-    features = torch.cat(every)
+    generator = torch.Generator().manual_seed(seed)
+    with use_adapter(model, None):
+        leading = find_vision_stack(model).leading
+    patches = (states[-1][:, leading:].flatten(0, 1).float().cpu() for states in _run_layers(model, images))
+    features = _draw(patches, most, generator)
     if len(features) < count:
         raise ValueError(f"`count` must be at most {len(features)}, the number of patches of all images, got {count}.")
-    generator = torch.Generator().manual_seed(seed)
-    features = features[torch.randperm(len(features), generator=generator)[:most]]
     bank = features[:count].clone()
     for _ in range(steps):
         nearest = torch.cdist(features, bank).argmin(1)
@@ -94,6 +97,20 @@ def compute_bank(
         sizes = torch.bincount(nearest, minlength=count)[:, None]
         bank = torch.where(sizes > 0, sums / sizes.clamp(min=1), bank)
     return bank
+
+
+def _draw(parts: Iterable[Tensor], most: int, generator: torch.Generator) -> Tensor:
+    """Draw up to ``most`` rows from all parts ``[N, d]`` in random order, without holding more than these and a part.
+
+    Each row gets a random number, and the rows with the smallest numbers are kept.
+    """
+    rows, numbers = torch.empty(0), torch.empty(0, dtype=torch.float64)
+    for part in parts:
+        fresh = torch.rand(len(part), generator=generator, dtype=torch.float64)
+        numbers, order = torch.cat([numbers, fresh]).sort()
+        numbers, order = numbers[:most], order[:most]
+        rows = torch.cat([rows.reshape(-1, part.shape[1]), part])[order]
+    return rows
 
 
 def _run_layers(model: PreTrainedModel, images: Iterable[Any]) -> Iterator[list[Tensor]]:

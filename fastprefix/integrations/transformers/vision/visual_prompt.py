@@ -46,6 +46,9 @@ from ..models.hooks import (
     suspend_checkpointing,
 )
 from ..models.switching import Implementation, Inputs, find_device, preserve_state, run_trial
+from ..models.tuners import differs_by_row, refuse_different_rows
+from ..prompts.shared_prompt import DIFFERENT_ROWS
+from ..sharding.fully_sharded import is_fully_sharded
 
 PIXELS = "pixel_values"
 _MATCHED = 10  # number of tokens in the matching loss
@@ -314,7 +317,8 @@ class VisualHooks:
 
     def intercept(self, index: int) -> Interception:
         """Intercept the calls of a layer."""
-        return Interception(self.stack.blocks[index], functools.partial(self.run_block, index))
+        owners = (self.model, self.stack.part)
+        return Interception(self.stack.blocks[index], functools.partial(self.run_block, index), owners)
 
     def remove(self) -> None:
         """Remove all hooks and restore the model's attention."""
@@ -334,6 +338,8 @@ class VisualHooks:
                 "get no gradients."
             )
         reason = self.find_reason(self.method.training)
+        if reason is None and not torch.compiler.is_compiling():
+            reason = self.find_reason_of_call()
         path = "shared" if reason is None else f"textbook: {reason}"
         if self.method.prompt_path != path:
             self.method.prompt_path = path
@@ -356,6 +362,24 @@ class VisualHooks:
     def find_reason(self, training: bool) -> str | None:
         """Return the reason why every image must contain the rows, or None if they run once for the whole batch."""
         return self.method.sees_tokens(training) or self.stack.reason
+
+    def find_reason_of_call(self) -> str | None:
+        """Return the reason why every image of this call must contain the rows, or None.
+
+        Raises:
+            ValueError: if there is a reason, and the method's rows cannot be in every image.
+        """
+        part, of_method = self.stack.part, type(self.method).__name__
+        in_images = self.method.strength(0) is None
+        if differs_by_row(part):
+            if not in_images:
+                refuse_different_rows(part, of_method)
+            return DIFFERENT_ROWS
+        if is_fully_sharded(part):
+            if not in_images:
+                raise ValueError(f"`model` must not be sharded by FSDP2 for {of_method}. Use DistributedDataParallel.")
+            return "layers of a sharded model do not run on rows alone"
+        return None
 
     def find_binding(self, index: int) -> RowsBinding | None:
         """Return a layer's binding in the call in progress, or None if that call runs without this adapter."""

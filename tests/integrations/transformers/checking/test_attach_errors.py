@@ -128,9 +128,9 @@ def test_ids_out_of_range() -> None:
 @pytest.mark.parametrize(
     ("rates", "error", "says"),
     [
-        ({"lr": -1.0}, ValueError, "`lr` must not be negative"),
+        ({"lr": -1.0}, ValueError, "`lr` must be a finite number of at least 0"),
         ({"prompt_lr": "0.3"}, TypeError, "`prompt_lr` must be a number, got '0.3'"),
-        ({"gate_lr": -1e-3}, ValueError, "`gate_lr` must not be negative"),
+        ({"gate_lr": -1e-3}, ValueError, "`gate_lr` must be a finite number of at least 0"),
         ({"peft_lr": [0.1]}, TypeError, "`peft_lr` must be a number"),
     ],
 )

@@ -1,5 +1,6 @@
 """Test long trained prefixes: their initial values, which parts are trained, and biases of keys."""
 
+import io
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM, StaticCache
+from transformers import DynamicCache, Lfm2Config, Lfm2ForCausalLM, Qwen3Config, Qwen3ForCausalLM, StaticCache
 
 import fastprefix
 from fastprefix.integrations.transformers.attachment import get_attachment
@@ -109,6 +110,15 @@ def test_private_texts_are_not_in_messages() -> None:
     config = fastprefix.CartridgeConfig(3, init_text=["secret"])
     with pytest.raises(TypeError, match="`init_text` must be the text as a string, got list"):
         fastprefix.attach(models.decoder(), config, tokenizer=Words())
+
+
+def test_files_of_the_whole_model_do_not_contain_the_document() -> None:
+    config = fastprefix.CartridgeConfig(3, init_text="1 2 3 4 5 6 7 8")
+    model = fastprefix.attach(models.decoder(), config, tokenizer=Words())
+    file = io.BytesIO()
+    torch.save(model, file)
+    assert b"1 2 3 4" not in file.getvalue()
+    assert config.init_text == "1 2 3 4 5 6 7 8"
 
 
 def test_a_text_and_a_tokenizer_of_another_kind_are_named() -> None:
@@ -543,3 +553,28 @@ def test_wrong_options_are_refused(options: dict[str, Any], error: type[Exceptio
 def test_a_cartridge_requires_a_text() -> None:
     with pytest.raises(ValueError, match="`init_text` must be given"):
         fastprefix.CartridgeConfig(LENGTH)
+
+
+def test_a_cache_that_dropped_tokens_is_refused() -> None:
+    model = Qwen3ForCausalLM(
+        Qwen3Config(**models.SIZES, head_dim=HEAD, use_sliding_window=True, sliding_window=5, max_window_layers=0)
+    ).eval()
+    ids = torch.tensor([text_of(LENGTH + 4)[1]])
+    with torch.no_grad():
+        cache = model(input_ids=ids, use_cache=True).past_key_values
+        whole = DynamicCache()
+        model(input_ids=ids, past_key_values=whole)
+    config = fastprefix.CartridgeConfig(ids.shape[1], init="cache", key_bias=True)
+    with pytest.raises(ValueError, match=rf"layer 0 holds \d of {ids.shape[1]}\. .*DynamicCache\(\)"):
+        fastprefix.attach(model, config, past_key_values=cache)
+    fastprefix.attach(model, replace(config, key_bias=False), past_key_values=whole)
+
+
+def test_a_long_text_of_a_hybrid_model_runs_at_once(pieces: list[int]) -> None:
+    sizes = {**models.SIZES, "layer_types": ["conv", "full_attention"], "block_ff_dim": 64}
+    model = Lfm2ForCausalLM(Lfm2Config(**sizes)).double().eval()
+    ids = torch.tensor(text_of(9)[1])
+    layers = initial.find_layers(model, ids[None])
+    found = initial.compute_keys_values(model, ids, layers)
+    assert not pieces
+    assert_close(found, [(layer.key[0], layer.value[0]) for layer in layers])

@@ -468,3 +468,33 @@ def test_trainer_with_distractors(tmp_path: Path) -> None:
         assert torch.equal(after[i][1][:, :4], expected[i][1].float())
         assert torch.equal(after[i][0][:, 4:], before[i][0][:, 4:])  # keys of "b" are not trained
         assert not torch.equal(after[i][1][:, 6:], before[i][1][:, 6:])
+
+
+def test_views_of_the_prefix_are_swapped_with_their_biases() -> None:
+    config = fastprefix.PrefixTuningConfig(4, key_bias=True, **SHIFT)
+    model: Any = fastprefix.attach(models.decoder(), config, check=False)
+    method = model.fastprefix
+    with torch.no_grad():
+        for bias in method.key_biases:
+            bias.copy_(torch.arange(4.0).expand_as(bias))
+
+    def read(tokens: slice) -> fastprefix.PrefixState:
+        pairs = [(key[:, tokens].detach(), value[:, tokens].detach()) for key, value in method.prefixes()]
+        return fastprefix.PrefixState(pairs, [bias.detach()[:, tokens] for bias in method.key_biases])
+
+    fastprefix.swap_prefix(model, [read(slice(2, 4)), read(slice(0, 2))])
+    for bias in method.key_biases:
+        assert torch.equal(bias, torch.tensor([2.0, 3.0, 0.0, 1.0]).expand_as(bias))
+
+
+def test_rates_and_gates_of_a_composition() -> None:
+    """The rates are the lowest of the trained parts. Gates of frozen parts are in no group."""
+    model = models.decoder()
+    cartridge = fastprefix.CartridgeConfig(3, init="cache")
+    fastprefix.attach(model, cartridge, name="a", past_key_values=make_cache(length=3), check=False)
+    fastprefix.attach(model, fastprefix.APTConfig(3, token_gate=False, **SHIFT), name="b", check=False)
+    fastprefix.compose(model, ["a", "b"], name="ab", trainable=["a"])
+    assert model.fastprefix.config.learning_rates.rest == 2e-2
+    groups = fastprefix.parameter_groups(model, gate_lr=0.1)
+    assert [group["lr"] for group in groups] == [2e-2]
+    assert all(parameter.requires_grad for group in groups for parameter in group["params"])

@@ -1,5 +1,6 @@
 """Test one prompt for the whole batch: when it is shared, that it is exact, and what invalidates kept states."""
 
+import copy
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -618,3 +619,48 @@ def test_a_static_cache_has_no_room_for_a_prompt_in_every_row() -> None:
     model = fastprefix.attach(models.decoder(), fastprefix.PromptTuningConfig(5, shared_prompt=False))
     with pytest.raises(ValueError, match="`past_key_values`"):
         model.generate(**models.batch(), max_new_tokens=2, cache_implementation="static")
+
+
+def test_prompts_are_shared_by_adapters_attached_under_autocast() -> None:
+    model = models.decoder().float()
+    with torch.autocast("cpu", torch.bfloat16):
+        fastprefix.attach(model, fastprefix.PromptTuningConfig(3))
+    assert model.fastprefix.prompt_path == "shared"
+
+
+class RandomScale(nn.Module):
+    """A layer of PEFT with rates for each adapter."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rank_dropout = {"default": rate}
+
+
+class OwnDropout(nn.Module):
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.p = rate
+
+
+@pytest.mark.parametrize("layer", [RandomScale, OwnDropout, nn.Dropout])
+def test_other_kinds_of_dropout_are_noticed(layer: Callable[[float], nn.Module]) -> None:
+    model = nn.Sequential(nn.Linear(2, 2), layer(0.0))
+    assert not sharing.Randomness(model.train()).acts()
+    model = nn.Sequential(nn.Linear(2, 2), layer(0.5))
+    assert sharing.Randomness(model.train()).acts()
+    assert not sharing.Randomness(model.eval()).acts()
+
+
+def test_a_prompt_is_computed_again_after_a_training_step() -> None:
+    """Some optimizers change weights through ``data``, which PyTorch's version counters do not record."""
+    config = fastprefix.PromptTuningConfig(3, modules_to_save=["model.layers.0"])
+    model, inputs = fastprefix.attach(models.decoder(), config), models.batch()
+    with torch.no_grad():
+        model(**inputs)
+    model(**inputs).logits.sum().backward()
+    weight = model.model.layers[0].self_attn.k_proj.weight
+    weight.data.mul_(3.0)
+    with torch.no_grad():
+        actual = model(**inputs).logits
+        assert model.fastprefix.prompt_path == "shared"
+        assert torch.equal(actual, copy.deepcopy(model)(**inputs).logits)

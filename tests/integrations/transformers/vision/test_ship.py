@@ -2,16 +2,19 @@
 
 import copy
 import pickle
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
+from torch.distributed.fsdp import fully_shard
 
 import fastprefix
 from fastprefix.integrations.transformers.attachment import attach, get_method
 from fastprefix.integrations.transformers.checking.conformance import check
+from fastprefix.integrations.transformers.vision import features
 from fastprefix.integrations.transformers.vision import visual_prompt as vision
 
 from .... import models, vision_models
@@ -269,3 +272,60 @@ def test_a_bank_has_the_means_of_its_clusters() -> None:
     with pytest.raises(ValueError, match="`count` must be at most `most`, which is 5"):
         fastprefix.compute_bank(model, batches, count=6, most=5)
     assert find_result(run(fastprefix.attach(model, configure(bank=bank), check=False))).isfinite().all()
+
+
+def test_a_bank_is_computed_beside_prompt_tokens_that_run_in_every_image() -> None:
+    model, batches = vision_models.vit(), [vision_models.images(2)]
+    expected = fastprefix.compute_bank(model, batches, count=4)
+    fastprefix.attach(model, fastprefix.VisualPromptConfig(3), check=False)
+    assert torch.equal(fastprefix.compute_bank(model, batches, count=4), expected)
+    for count in (0, -3):
+        with pytest.raises(ValueError, match="`count` must be a whole number of at least 1"):
+            fastprefix.compute_bank(model, batches, count=count)
+
+
+def test_features_are_drawn_from_all_batches() -> None:
+    parts = [torch.arange(start, start + 50.0)[:, None] for start in range(0, 200, 50)]
+    drawn = features._draw(parts, 40, torch.Generator().manual_seed(0)).flatten()
+    assert len(drawn.unique()) == 40
+    assert {int(each) // 50 for each in drawn} == {0, 1, 2, 3}
+
+
+def test_a_bank_of_which_only_the_size_is_known_is_refused() -> None:
+    model = attached()
+    fastprefix.attach(model, configure(bank=BANK), name="bank", check=False)
+    with pytest.raises(ValueError, match=r"`bank` must be a tensor \[C, d\] of prototypes, but only its size"):
+        fastprefix.attach(vision_models.vit(), model.fastprefix.config)
+
+
+def test_tokens_of_which_there_are_none_are_not_trained() -> None:
+    """DistributedDataParallel would wait for their gradients."""
+    model = fastprefix.attach(vision_models.vit(), configure(num_attribute=0, num_shared=0), check=False)
+    assert all(p.numel() > 0 for p in model.parameters() if p.requires_grad)
+
+
+@pytest.fixture
+def _one_rank() -> Iterator[None]:
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("_one_rank")
+def test_on_models_that_fsdp2_shards() -> None:
+    """Deep prompts run in every image. Prompt tokens of SHIP cannot, so it refuses these models."""
+    mesh, images = distributed.init_device_mesh("cpu", (1,)), vision_models.images(2)
+    for config in (fastprefix.VisualPromptConfig(3, depth="deep"), configure()):
+        model = fastprefix.attach(vision_models.vit(), config, check=False)
+        expected = find_result(model(pixel_values=images))
+        for block in vision.find_vision_stack(model).blocks:
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        if isinstance(config, fastprefix.SHIPConfig):
+            with pytest.raises(ValueError, match="`model` must not be sharded by FSDP2 for SHIP"):
+                model(pixel_values=images)
+        else:
+            torch.testing.assert_close(find_result(model(pixel_values=images)), expected)
+            assert "sharded" in str(get_method(model).prompt_path)
+    with pytest.raises(ValueError, match=r"Attach before fully_shard\."):
+        fastprefix.attach(model, config, name="later")

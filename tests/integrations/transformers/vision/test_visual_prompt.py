@@ -28,6 +28,7 @@ from ....vision_models import FAMILIES, LAYERS, PATCH, SIDE, WIDTH
 
 DEPTHS = ["shallow", "deep"]
 ROWS = 4
+BANK = torch.eye(3, WIDTH)
 
 
 def attached(family: str, depth: str, check: bool = True, name: str = "default", **options: Any) -> Any:
@@ -136,7 +137,7 @@ KINDS: dict[str, Callable[[], Any]] = {
     "shallow": lambda: fastprefix.VisualPromptConfig(ROWS, modules_to_save=[]),
     "dropout": lambda: fastprefix.VisualPromptConfig(ROWS, depth="deep", dropout=1e-30, modules_to_save=[]),
     "ship": lambda: fastprefix.SHIPConfig(
-        3, num_shared=2, num_attribute=2, bank=3, matching_loss=True, modules_to_save=[]
+        3, num_shared=2, num_attribute=2, bank=BANK, matching_loss=True, modules_to_save=[]
     ),
     "prefix": lambda: fastprefix.PrefixTuningConfig(ROWS, modules_to_save=[]),
 }
