@@ -2,7 +2,7 @@
 2023).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -27,7 +27,7 @@ class MultitaskPromptConfig(PromptTuningConfig):
         num_tasks: the number of tasks.
         rank: rank ``q`` of the matrix of each task.
         source: directory of an adapter to start from. It must have been trained with this method or with PEFT's
-            MULTITASK_PROMPT_TUNING.
+            MULTITASK_PROMPT_TUNING. It is not saved.
         source_init: the values to copy from ``source``. "average" copies the shared prompt and the average ``u`` and
             ``v`` of its tasks. "task" copies the shared prompt and the ``u`` and ``v`` of one of its tasks. "shared"
             copies only the shared prompt.
@@ -36,7 +36,7 @@ class MultitaskPromptConfig(PromptTuningConfig):
 
     num_tasks: int
     rank: int = 1
-    source: str | None = None
+    source: str | None = field(default=None, repr=False)
     source_init: Literal["average", "task", "shared"] = "average"
     source_task: int = 0
 

@@ -523,20 +523,26 @@ def _make_plan(model: PreTrainedModel, config: MethodConfig, example_inputs: Inp
         if method.projected_states(0) is not None:
             for layer, projection in zip(layers, find_projections(model, layers), strict=True):
                 layer.projection = projection
-        if method.position_shift() not in (0, config.num_virtual_tokens) and any(layer.window for layer in layers):
-            raise ValueError(
-                "`position_shift` must be None for a model with sliding windows, which hide prefix tokens by their "
-                f"positions, but is {method.position_shift()}."
-            )
-        if method.needs_hidden() and (lost := [layer.name for layer in layers if layer.entry is None]):
-            raise ValueError(
-                f"`model` must have layers whose input a hook can read for the gate, but it cannot be read in {lost}."
-            )
+        check_method_fits(method, layers)
     else:
         method = method_class(config, EmbeddingShape(*find_whole_shape(_find_table(model))))
         path = _choose_prompt_path(model, config, check)
         layers = find_layers(model) if path == "shared" else []
     return _Plan(_move_method(model, method), layers, path)
+
+
+def check_method_fits(method: PrefixMethod, layers: list[Layer]) -> None:
+    """Refuse a prefix that these attention layers cannot have."""
+    shift = method.position_shift()
+    if shift not in (0, method.config.num_virtual_tokens) and any(layer.window for layer in layers):
+        raise ValueError(
+            "`position_shift` must be None for a model with sliding windows, which hide prefix tokens by their "
+            f"positions, but is {shift}."
+        )
+    if method.needs_hidden() and (lost := [layer.name for layer in layers if layer.entry is None]):
+        raise ValueError(
+            f"`model` must have layers whose input a hook can read for the gate, but it cannot be read in {lost}."
+        )
 
 
 def _make_visual_plan(

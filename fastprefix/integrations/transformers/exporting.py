@@ -15,8 +15,9 @@ from transformers import PreTrainedModel
 from ...methods import ADePT, PromptMethod
 from .attachment import get_attachment, use_adapter
 from .files.saving import CONFIG_FILE
-from .merging import NewTable, rewrite_table
+from .merging import NewTable, refuse_saved_modules, rewrite_table
 from .models.switching import evaluating
+from .models.tuners import find_base_model, has_tuner_layers
 from .prompts.prompt import PromptHooks, needs_ids
 from .sharding.tensor_parallel import refuse_sharded
 
@@ -95,6 +96,9 @@ def export_merged_base(model: PreTrainedModel, directory: str | os.PathLike[str]
             f"`model` must have ADePT in use, but has {type(hooks.method).__name__}, which does not change the "
             "embedding table. Serve the base model without changes."
         )
+    if has_tuner_layers(model):
+        raise ValueError("`model` must not have layers of PEFT, which the checkpoint would contain. Merge them first.")
+    model = find_base_model(model)
     with evaluating(model), torch.no_grad():
         table = NewTable(hooks, rewrite_table(hooks))
     with use_adapter(model, None):
@@ -114,9 +118,10 @@ def _get_prompt_hooks(model: PreTrainedModel) -> PromptHooks:
         raise ValueError(
             f"`model` must have a prompt, but has {type(method).__name__}. Use fastprefix.export_cache for prefixes."
         )
+    refuse_saved_modules(adapter, "a serving engine")
     if adapter.merged or not isinstance(hooks, PromptHooks):
         raise ValueError("`model` must have an adapter that is not merged. Detach it and load it again.")
-    if model.config.is_encoder_decoder or not hooks.entry_is_embedding or needs_ids(model.config):
+    if hooks.model.config.is_encoder_decoder or not hooks.entry_is_embedding or needs_ids(model.config):
         raise ValueError(
             f"`model` must be a decoder whose layers read only embeddings, but {type(model).__name__} is not "
             "such a model."

@@ -161,6 +161,7 @@ def export_cache(
     method = adapter.method
     if not isinstance(method, PrefixMethod):
         raise ValueError(f"`model` must have a prefix, but has {type(method).__name__}. Call fastprefix.merge first.")
+    refuse_saved_modules(adapter, "a cache")
     if adapter.outside is not None:
         raise ValueError(
             f"`model` must have an adapter that is entirely a prefix, but {adapter.outside}. Use the adapter itself."
@@ -203,6 +204,15 @@ def export_cache(
         about = {"model": base.name_or_path or type(base).__name__, "fastprefix": __version__}
         write_prompt_cache(Path(path), pairs, format, about)
     return cache
+
+
+def refuse_saved_modules(adapter: Adapter, what: str) -> None:
+    """Raise ValueError if an adapter trains modules of the base model, which an export would lose."""
+    if adapter.saved_modules:
+        raise ValueError(
+            f"`model` must have an adapter without trained modules of the model for {what}, but it trains "
+            f"{', '.join(adapter.saved_modules)}. Use the model with the adapter."
+        )
 
 
 def refuse_more_than_keys(method: PrefixMethod, what: str) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from .attachment import get_attachment, use_adapter
+from .models.switching import evaluating
 from .models.tuners import disable_tuners, find_base_model
 
 
@@ -15,7 +17,8 @@ class ReferenceModel(nn.Module):
     """A view of a model that runs it without fastprefix adapters and without PEFT's layers.
 
     Pass it to trainers that require a reference model, such as ``DPOTrainer(model, ref_model=ReferenceModel(model))``
-    of TRL. It has no parameters. Each call disables the adapters and enables them again afterwards.
+    of TRL. It has no parameters. Each call disables the adapters and enables them again afterwards. After ``eval()`` of
+    this view, its calls run without dropout.
 
     Args:
         model: a model with a method attached, or a PEFT model around one.
@@ -61,5 +64,6 @@ class ReferenceModel(nn.Module):
         return self._run(self._model, args, kwargs)
 
     def _run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        with use_adapter(self._model, None), disable_tuners(self._model):
+        mode = nullcontext() if self.training else evaluating(self._model)
+        with use_adapter(self._model, None), disable_tuners(self._model), mode:
             return module(*args, **kwargs)

@@ -831,3 +831,37 @@ def test_reentrant_checkpointing_follows_an_embedding_that_peft_wraps() -> None:
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
     around.train()(**models.batch()).logits.sum().backward()
     assert all(p.grad is not None for p in model.fastprefix.parameters())
+
+
+def test_a_merged_base_with_lora_is_refused(tmp_path: Path) -> None:
+    model = attached(tuned(), METHODS["adept"]())
+    for each in (model, model.get_base_model()):
+        with pytest.raises(ValueError, match="`model` must not have layers of PEFT"):
+            fastprefix.export_merged_base(each, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_the_store_loads_the_named_adapter_of_a_peft_directory(tmp_path: Path) -> None:
+    model = tuned()
+    for name, value in (("default", 1.0), ("ben", 2.0)):
+        fastprefix.attach(model, fastprefix.PromptTuningConfig(3), name=name, check=False)
+        torch.nn.init.constant_(model.get_base_model().fastprefix.prompt, value)
+        model.save_pretrained(tmp_path)
+    expected = logits(model)
+    fastprefix.detach(model)
+    store = fastprefix.AdapterStore(model)
+    store.load("ben", tmp_path)
+    torch.testing.assert_close(
+        logits(model.get_base_model(), **models.batch("right"), adapter_names=["ben"] * 3), expected
+    )
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_reference_model_in_evaluation_mode_has_no_dropout(trained: bool) -> None:
+    model = attached(tuned("gpt2"), METHODS["prefix"]()).train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5
+    reference, inputs = fastprefix.ReferenceModel(model).train(trained), models.batch()  # which sets the seed
+    assert torch.equal(logits(reference, **inputs), logits(reference, **inputs)) is not trained
+    assert model.training

@@ -199,3 +199,15 @@ class TestErrors:
         with pytest.raises(ValueError, match="sliding windows"):
             fastprefix.export_cache(windowed, format="mlx", path=tmp_path / "x")
         assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("export", ["cache", "embeds"])
+def test_adapters_that_train_the_head_are_not_exported_without_it(export: str) -> None:
+    options: dict[str, Any] = {"modules_to_save": ["lm_head"]}
+    prefix = fastprefix.PrefixTuningConfig(3, prefix_position="shift", **options)
+    config = prefix if export == "cache" else fastprefix.PromptTuningConfig(3, **options)
+    model = fastprefix.attach(models.decoder(), config, check=False)
+    run: Any = fastprefix.export_cache if export == "cache" else fastprefix.export_prompt_embeds
+    inputs = [] if export == "cache" else [models.batch()["input_ids"]]
+    with pytest.raises(ValueError, match=r"but it trains lm_head\."):
+        run(model, *inputs)

@@ -456,15 +456,26 @@ def load_adapter(
     check_name(name)
     base = find_base_model(model)
     folder = locate_adapter(directory, revision, token)
-    config, tensors, is_of_peft, labels = _read_adapter_together(base, folder, name)
+    attach_saved(model, _read_adapter_together(base, folder, name), name, example_inputs, freeze_peft)
+    return model
+
+
+def attach_saved(
+    model: nn.Module,
+    saved: SavedAdapter,
+    name: str,
+    example_inputs: Inputs | None = None,
+    freeze_peft: bool = False,
+) -> None:
+    """Attach an adapter that was read, or leave the model unchanged."""
+    config, tensors, is_of_peft, labels = saved
     if not is_of_peft or not isinstance(config, PrefixTuningConfig):
         _attach(model, config, tensors, name, example_inputs, freeze_peft)
-        get_attachment(model).adapter.name_labels(base, labels)
-        return model
+        get_attachment(model).adapter.name_labels(find_base_model(model), labels)
+        return
     with restoring_adapters(model):
         _attach(model, config, tensors, name, example_inputs, freeze_peft)
-        peft_format.check_as_a_cache(base, get_attachment(model).hooks, tensors)
-    return model
+        peft_format.check_as_a_cache(find_base_model(model), get_attachment(model).hooks, tensors)
 
 
 def read_prefix(
@@ -544,7 +555,8 @@ def read_adapter(model: PreTrainedModel, folder: Path, name: str) -> SavedAdapte
     if path.is_file():
         description, tensors = _read(path)
         if description is not None and "peft_type" not in description:
-            config, labels = _parse_header(path, description, model)
+            with use_adapter(model, None):  # an adapter in use may have other labels
+                config, labels = _parse_header(path, description, model)
             return SavedAdapter(config, tensors, labels=labels)
         with use_adapter(model, None):
             found = peft_format.convert_from_peft(folder / CONFIG_FILE, tensors, model, description)

@@ -235,6 +235,12 @@ class Routing:
             self.hooks.leave = self.leave
         return self.hooks
 
+    @property
+    def shifts(self) -> bool:
+        """Return whether the positions of the model's tokens can be shifted."""
+        assert self.hooks is not None
+        return self.hooks.text and self.hooks.encoder is None
+
     def list_layers(self) -> list[Layer]:
         """Return the attention layers of the model."""
         assert self.hooks is not None
@@ -324,6 +330,7 @@ class Routing:
         """Write the keys and values of a prefix, given by attention module, into the store."""
         assert self.hooks is not None
         index = {module: i for i, module in enumerate(self.hooks.layers)}
+        self.store.convert(self.model.dtype)  # before, since the values would be rounded to the former dtype
         self.store.write(key, {index[module]: prefix for module, prefix in prefixes.items()}, self.model.dtype)
 
     def _is_changed(self, adapter: Adapter, state: tuple[object, object]) -> bool:

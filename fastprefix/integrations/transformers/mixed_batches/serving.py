@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from ....methods import METHODS, PrefixMethod, PrefixTuning, PrefixTuningConfig
 from ....methods.base import check_count, check_positive
 from ..attachment import (
-    DEFAULT,
+    check_method_fits,
     check_name_free,
     detach,
     find_attachment,
@@ -26,7 +26,7 @@ from ..attachment import (
     set_adapter,
     use_adapter,
 )
-from ..files.saving import fill, load_adapter, locate_adapter, read_adapter
+from ..files.saving import SavedAdapter, attach_saved, fill, locate_adapter, read_adapter
 from ..models.attention import Prefix
 from ..models.switching import evaluating, find_device
 from ..models.tuners import find_base_model
@@ -90,7 +90,7 @@ class AdapterStore:
     @property
     def tokens(self) -> int:
         """Return the total number of virtual tokens of all adapters."""
-        return self.routing.store.tokens
+        return sum(part.length for part in self.routing.stored.values())
 
     @property
     def nbytes(self) -> int:
@@ -136,7 +136,7 @@ class AdapterStore:
             if name not in self:
                 check_name_free(self.model, name)
             part, prefixes = self._read(name, source)
-            part.identity = _identify(prefixes)
+            part.identity = _identify(part, prefixes)
             make_room(part.length)
             self._put(part, prefixes)
 
@@ -199,10 +199,10 @@ class AdapterStore:
         """Return an adapter, and its keys and values by attention module."""
         if isinstance(source, PrefixState):
             return self._read_state(name, source)
-        config, tensors, is_of_peft, _ = read_adapter(self.model, locate_adapter(source), DEFAULT)
-        if isinstance(config, PrefixTuningConfig) and not is_of_peft:
-            return self._make_prefix(name, config, tensors)
-        return self._attach_for_a_moment(name, source)
+        saved = read_adapter(self.model, locate_adapter(source), name)
+        if isinstance(saved.config, PrefixTuningConfig) and not saved.is_of_peft:
+            return self._make_prefix(name, saved.config, saved.tensors)
+        return self._attach_for_a_moment(name, saved)
 
     def _make_prefix(
         self, name: str, config: PrefixTuningConfig, tensors: dict[str, Tensor]
@@ -213,6 +213,7 @@ class AdapterStore:
         layers = self.routing.list_layers()
         layers = [layers[i] for i in method_class.chosen_layers(config, [layer.whole_shape for layer in layers])]
         method = method_class(config, [layer.whole_shape for layer in layers])
+        check_method_fits(method, layers)
         method.to(device=find_device(self.model), dtype=torch.promote_types(self.model.dtype, torch.float32))
         if any(key.startswith("modules_to_save.") for key in tensors):
             raise ValueError("`source` must be an adapter that trains no modules of the model, which all rows share.")
@@ -225,11 +226,10 @@ class AdapterStore:
         )
         return self._finish(part)
 
-    def _attach_for_a_moment(self, name: str, source: PrefixSource) -> tuple[Part, Mapping[nn.Module, KeyedPrefix]]:
+    def _attach_for_a_moment(self, name: str, saved: SavedAdapter) -> tuple[Part, Mapping[nn.Module, KeyedPrefix]]:
         """Return an adapter by attaching it temporarily, to compare PEFT's prefixes and to run prompts."""
-        assert not isinstance(source, PrefixState)
         former = get_active_name(self.model)
-        load_adapter(self.model, source, name=_LOADING)
+        attach_saved(self.model, saved, _LOADING)
         try:
             adapter = get_attachment(self.model).adapter
             if (reason := find_reason_against(adapter)) is not None:
@@ -264,6 +264,11 @@ class AdapterStore:
         layers = self.routing.list_layers()
         state.check_shapes("source", [layer.whole_shape for layer in layers])
         length = state.length
+        if state.shift and not self.routing.shifts:
+            raise ValueError(
+                f'`source` must have prefix_position="none" for {type(self.model).__name__}, whose positions cannot be '
+                f"shifted, but has {state.prefix_position!r}."
+            )
         indices = {layer.module: index for index, layer in enumerate(layers)}
         pairs: list[Prefix] = state.pairs
         biases: list[Tensor | None] = [None] * len(layers) if state.biases is None else [*state.biases]
@@ -276,10 +281,14 @@ class AdapterStore:
         return Part(name, length, state.shift, indices), prefixes
 
 
-def _identify(prefixes: Mapping[nn.Module, KeyedPrefix]) -> str:
-    """Return a hash of the last token's keys and values, which is the same when an adapter is loaded again."""
-    pairs = [(each.key, each.value) for each in prefixes.values()]
-    last = [tensor[:, -1:].detach().float().flatten() for pair in pairs for tensor in pair]
+def _identify(part: Part, prefixes: Mapping[nn.Module, KeyedPrefix]) -> str:
+    """Return a hash of an adapter that is the same when the adapter is loaded again.
+
+    It depends on the keys, values and biases of the last token, and on the parameters of gates, offsets and states.
+    """
+    given = [tensor[:, -1:] for prefix in prefixes.values() for tensor in prefix if tensor is not None]
+    given += [] if part.method is None else list(part.method.parameters())
+    last = [tensor.detach().float().flatten() for tensor in given]
     joined = torch.cat([tensor.to(last[0].device) for tensor in last]) if last else torch.empty(0)
     return hashlib.sha256(joined.cpu().numpy().tobytes()).hexdigest()  # a single copy from the device
 

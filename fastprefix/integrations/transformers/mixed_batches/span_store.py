@@ -7,9 +7,11 @@ no gap is large enough, all prefixes move into new tensors with some slack.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from typing import NamedTuple
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -51,15 +53,18 @@ class SpanStore:
         """Store a prefix of some layers, replace any prefix with the same key, and return its span.
 
         A prefix of another length gets a new span. Layers are stored in ``dtype`` on the device of their first prefix.
+        If the memory is not sufficient, the stored prefixes are unchanged.
         """
         length = next(iter(prefixes.values())).key.shape[1]
-        span = self.spans.get(key)
-        if span is None or span.length != length:
-            self.spans.pop(key, None)
-            span = Span(self._find_room(length), length)
-            self.spans[key] = span
-        for index, prefix in prefixes.items():
-            self._write_layer(index, prefix, span, dtype)
+        with _outside_inference_mode(), torch.no_grad():
+            span = self.spans.get(key)
+            if span is None or span.length != length:
+                span = Span(self._find_room(length), length)
+            for index, prefix in prefixes.items():
+                self._add_layer(index, prefix, dtype)
+            for index, prefix in prefixes.items():
+                self._write_layer(index, prefix, span)
+        self.spans[key] = span
         return span
 
     def drop(self, key: Hashable) -> None:
@@ -99,56 +104,88 @@ class SpanStore:
         return min(fitting, key=lambda gap: (gap.length, gap.start)).start
 
     def _move(self, capacity: int) -> None:
-        """Move all prefixes together into new tensors, one layer at a time."""
-        former, self.spans, start = self.spans, {}, 0
+        """Move all prefixes together into new tensors, one layer at a time.
+
+        If the memory is not sufficient for all layers, the prefixes of the others are moved together in place, so that
+        all layers have the same spans again, and the error is raised.
+        """
+        former, spans, start = self.spans, dict[Hashable, Span](), 0
         for key, span in sorted(former.items(), key=lambda item: item[1]):
-            self.spans[key] = Span(start, span.length)
+            spans[key] = Span(start, span.length)
             start += span.length
-        self.capacity = capacity
-        for index, layer in self.layers.items():
-            moved = _map_tensors(layer, self._make_room)
-            for key, span in former.items():
-                for target, source in zip(moved, layer, strict=True):
-                    if target is not None and source is not None:
-                        cut_span(target, self.spans[key]).copy_(cut_span(source, span))
-            self.layers[index] = moved
+        waiting = dict(self.layers)
+        with _outside_inference_mode(), torch.no_grad():
+            try:
+                for index, layer in self.layers.items():
+                    moved = _map_tensors(layer, lambda tensor: _make_room(tensor, capacity))
+                    _copy_spans(layer, moved, former, spans)
+                    self.layers[index] = moved
+                    del waiting[index]
+            except BaseException:
+                for layer in waiting.values():
+                    _copy_spans(layer, layer, former, spans)
+                capacity = min(layer.key.shape[1] for layer in self.layers.values())
+                raise
+            finally:
+                self.spans, self.capacity = spans, capacity
 
-    def _make_room(self, like: Tensor) -> Tensor:
-        """Return zeros for all tokens with the heads and sizes of a tensor. Gaps are never read."""
-        return like.new_zeros(like.shape[0], self.capacity, *like.shape[2:])
+    def _add_layer(self, index: int, prefix: KeyedPrefix, dtype: torch.dtype) -> None:
+        """Make room for the keys and values of a layer, and for biases of its keys, if it has none yet."""
+        make = functools.partial(_make_room, capacity=self.capacity, dtype=dtype)
+        layer = self.layers.get(index) or KeyedPrefix(make(prefix.key), make(prefix.value))
+        if layer.bias is None and prefix.bias is not None:
+            layer = layer._replace(bias=make(prefix.bias))
+        self.layers[index] = layer
 
-    def _write_layer(self, index: int, prefix: KeyedPrefix, span: Span, dtype: torch.dtype) -> None:
-        if index not in self.layers:
-            self.layers[index] = KeyedPrefix(*(self._make_room(tensor.detach().to(dtype)) for tensor in prefix[:2]))
+    def _write_layer(self, index: int, prefix: KeyedPrefix, span: Span) -> None:
         key, value, bias = self.layers[index]
-        if bias is None and prefix.bias is not None:
-            bias = self._make_room(prefix.bias.detach().to(dtype))
-            self.layers[index] = KeyedPrefix(key, value, bias)
-        with torch.no_grad():
-            cut_span(key, span).copy_(prefix.key)
-            cut_span(value, span).copy_(prefix.value)
-            if bias is not None and prefix.bias is not None:
-                cut_span(bias, span).copy_(prefix.bias)
-            elif bias is not None:
-                cut_span(bias, span).zero_()
+        cut_span(key, span).copy_(prefix.key)
+        cut_span(value, span).copy_(prefix.value)
+        if bias is not None and prefix.bias is not None:
+            cut_span(bias, span).copy_(prefix.bias)
+        elif bias is not None:
+            cut_span(bias, span).zero_()
 
     def convert(self, dtype: torch.dtype) -> None:
         """Convert all layers to a dtype, after the model was converted."""
         for index, layer in self.layers.items():
             if layer.key.dtype is not dtype:
-                self.layers[index] = _map_tensors(layer, lambda tensor: tensor.to(dtype))
+                with _outside_inference_mode():
+                    self.layers[index] = _map_tensors(layer, lambda tensor: tensor.to(dtype))
 
     def move_layer(self, index: int, device: torch.device) -> KeyedPrefix:
         """Return a layer on a device. If the model was moved, the stored layer moves too."""
         layer = self.layers[index]
         if layer.key.device != device:
-            layer = self.layers[index] = _map_tensors(layer, lambda tensor: tensor.to(device))
+            with _outside_inference_mode():
+                layer = self.layers[index] = _map_tensors(layer, lambda tensor: tensor.to(device))
         return layer
 
     def read(self, key: Hashable) -> dict[int, KeyedPrefix]:
         """Return views of a prefix by layer. The content of layers that do not belong to the prefix is undefined."""
         span = self.spans[key]
         return {i: _map_tensors(layer, lambda tensor: cut_span(tensor, span)) for i, layer in self.layers.items()}
+
+
+def _make_room(like: Tensor, capacity: int, dtype: torch.dtype | None = None) -> Tensor:
+    """Return zeros for ``capacity`` tokens with the heads and sizes of a tensor. Gaps are never read."""
+    return like.new_zeros(like.shape[0], capacity, *like.shape[2:], dtype=dtype)
+
+
+def _copy_spans(
+    source: KeyedPrefix, target: KeyedPrefix, former: Mapping[Hashable, Span], spans: Mapping[Hashable, Span]
+) -> None:
+    """Copy all prefixes of a layer to other spans, which in the same tensors are not behind the former ones."""
+    for key, span in sorted(former.items(), key=lambda item: item[1]):
+        for read, written in zip(source, target, strict=True):
+            if read is not None and written is not None:
+                values = cut_span(read, span)
+                cut_span(written, spans[key]).copy_(values.clone() if read is written else values)
+
+
+def _outside_inference_mode() -> AbstractContextManager[Any]:
+    """Return a context for tensors that later calls without inference mode can change."""
+    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
 
 
 def cut_span(tensor: Tensor, span: Span) -> Tensor:

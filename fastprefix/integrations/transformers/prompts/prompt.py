@@ -677,7 +677,8 @@ class OffsetHooks(PromptHooks):
     def run(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the backbone on embeddings with the offset."""
         arguments = name_arguments(self.names, args, kwargs)
-        refuse_packed(arguments, self.backbone)
+        if self.method.changes_tokens:
+            refuse_packed(arguments, self.backbone)
         return run_gathered(
             self.backbone, self.method, lambda: self.run_with_offset(forward, arguments, count_past(arguments))
         )

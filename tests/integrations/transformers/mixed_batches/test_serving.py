@@ -1,5 +1,7 @@
 """Test a store of adapters that are selected by name: nothing is lost, freed space is reused, and its limit holds."""
 
+import contextlib
+import copy
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -8,8 +10,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import MistralConfig, MistralForCausalLM
 
 import fastprefix
+from fastprefix.integrations.transformers.mixed_batches import span_store
 from fastprefix.integrations.transformers.mixed_batches.span_store import SLACK, KeyedPrefix, SpanStore
 
 from .... import models
@@ -308,3 +312,116 @@ class TestErrors:
             fastprefix.AdapterStore(torch.nn.Linear(2, 2))  # type: ignore[arg-type]
         with pytest.raises(ValueError, match="`tokens`"):
             fastprefix.AdapterStore(models.decoder(), tokens=-1)
+
+
+def fill_store() -> SpanStore:
+    """Return a store with the prefixes "a" and "b" of three tokens in two layers, after "a" was dropped."""
+    store = SpanStore()
+    for key, value in (("a", 1.0), ("b", 2.0)):
+        prefix = KeyedPrefix(torch.full((1, 3, 2), value), torch.full((1, 3, 2), value))
+        store.write(key, {0: prefix, 1: prefix}, torch.float32)
+    store.drop("a")
+    return store
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 4])
+@pytest.mark.parametrize("tokens", [50, 4])
+def test_a_store_that_cannot_grow_keeps_its_prefixes(number: int, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, zeros = fill_store(), torch.zeros(1, tokens, 2)
+    with monkeypatch.context() as patch:
+        models.fail_once(patch, span_store, "_make_room", number)
+        with contextlib.suppress(models.InjectedError):
+            store.write("c", {0: KeyedPrefix(zeros, zeros), 1: KeyedPrefix(zeros, zeros)}, torch.float32)
+    for _ in range(2):
+        for layer in store.read("b").values():
+            assert (layer.key == 2.0).all()
+            assert (layer.value == 2.0).all()
+        store.write("d", {i: KeyedPrefix(zeros, zeros) for i in (0, 1)}, torch.float32)
+
+
+def test_a_prefix_that_is_replaced_in_vain_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    store, zeros = fill_store(), torch.zeros(1, 50, 2)
+    models.fail_once(monkeypatch, span_store, "_make_room", 2)
+    with pytest.raises(models.InjectedError):
+        store.write("b", {i: KeyedPrefix(zeros, zeros) for i in (0, 1)}, torch.float32)
+    assert store.tokens == 3
+    assert all((layer.key == 2.0).all() for layer in store.read("b").values())
+
+
+@pytest.mark.parametrize("kind", ["prefix", "prompt"])
+def test_calls_after_one_in_inference_mode(kind: str) -> None:
+    configs = {"prefix": fastprefix.PrefixTuningConfig(4), "prompt": fastprefix.PromptTuningConfig(4)}
+    model = fastprefix.attach(models.decoder(), configs[kind], name="a", check=False)
+    models.randomize(model)
+    inputs, names = models.batch(), ["a", "__base__", "a"]
+    with torch.no_grad():
+        expected = copy.deepcopy(model)(**inputs, adapter_names=names).logits
+    with torch.inference_mode():
+        torch.testing.assert_close(model(**inputs, adapter_names=names).logits, expected)
+    models.randomize(model, 0.1)
+    with torch.no_grad():
+        changed = copy.deepcopy(model)(**inputs, adapter_names=names).logits
+        torch.testing.assert_close(model(**inputs, adapter_names=names).logits, changed)
+
+
+def test_prefixes_that_are_loaded_in_inference_mode_can_be_replaced(tmp_path: Path) -> None:
+    model = models.decoder()
+    fastprefix.save_adapter(fastprefix.attach(model, fastprefix.PrefixTuningConfig(4)), tmp_path)
+    fastprefix.detach(model)
+    store = fastprefix.AdapterStore(model, tokens=10)
+    with torch.inference_mode():
+        store.load("a", tmp_path)
+    store.load("b", tmp_path)
+    assert (store.names, store.tokens) == (["a", "b"], 8)
+
+
+def test_the_store_is_not_rounded_to_a_former_dtype() -> None:
+    model = fastprefix.attach(models.decoder().to(torch.bfloat16), fastprefix.PromptTuningConfig(4), check=False)
+    inputs, names = models.batch(), ["default"] * 3
+    with torch.no_grad():
+        model(**inputs, adapter_names=names)
+        model.float()
+        actual = model(**inputs, adapter_names=names).logits
+        torch.testing.assert_close(actual, model(**inputs).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_attached_adapters_do_not_count_for_the_resident_ones(tmp_path: Path) -> None:
+    model = fastprefix.attach(models.decoder(), fastprefix.PrefixTuningConfig(20), name="attached", check=False)
+    fastprefix.save_adapter(model, tmp_path)
+    store = fastprefix.AdapterStore(model)
+    resident = fastprefix.ResidentAdapters(store, {"user": tmp_path}, tokens=30)
+    for _ in range(2):
+        resident.fetch(["attached", "user"])
+        with torch.no_grad():
+            model(**models.batch(), adapter_names=["attached", "user", "__base__"])
+        store.drop("user")
+
+
+def test_the_store_refuses_what_attach_refuses(tmp_path: Path) -> None:
+    config = fastprefix.CartridgeConfig(3, init="normal", position_shift=9)
+    whole, windowed = (
+        MistralForCausalLM(MistralConfig(**models.SIZES, head_dim=8, sliding_window=window)) for window in (None, 4)
+    )
+    fastprefix.save_adapter(fastprefix.attach(whole, config, check=False), tmp_path)
+    store = fastprefix.AdapterStore(windowed)
+    with pytest.raises(ValueError, match="`position_shift` must be None for a model with sliding windows"):
+        store.load("a", tmp_path)
+
+
+def test_caches_know_llama_adapters(tmp_path: Path) -> None:
+    model = models.decoder()
+    for name in ("first", "second"):
+        fastprefix.attach(model, fastprefix.LlamaAdapterConfig(3), name=name, check=False)
+        models.randomize(model, 0.1 if name == "first" else 0.3)
+        fastprefix.save_adapter(model, tmp_path / name)
+    fastprefix.detach(model)
+    store = fastprefix.AdapterStore(model)
+    store.load("x", tmp_path / "first")
+    ids = models.batch()["input_ids"]
+    with torch.no_grad():
+        cache = model(ids, adapter_names=["x"] * 3, use_cache=True).past_key_values
+        store.load("x", tmp_path / "first")
+        model(ids[:, :1], past_key_values=cache)
+        store.load("x", tmp_path / "second")
+        with pytest.raises(ValueError, match="'x' is another adapter now"):
+            model(ids[:, :1], past_key_values=cache)
