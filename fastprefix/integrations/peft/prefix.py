@@ -229,8 +229,7 @@ class PromptLearning(CachedPrefix):
         call = self.call_in_progress()
         if call is None:
             return former(*args, **kwargs)
-        arguments = name_arguments(("batch_size", "task_ids"), args, kwargs)
-        return self.make_prompt(call, arguments["batch_size"], arguments.get("task_ids"))
+        return self.make_prompt(call, *_choose_arguments(*args, **kwargs))
 
     def make_prompt(self, call: PeftCall, batch_size: int, task_ids: Tensor | None) -> Any:
         """Return the replacement for the prompt in one of PEFT's calls."""
@@ -362,6 +361,11 @@ class PrefixAcceleration(PromptLearning):
             )
         weight: Tensor = encoder.embedding.weight
         return weight
+
+
+def _choose_arguments(batch_size: int, task_ids: Tensor | None = None, *_: Any, **__: Any) -> tuple[int, Any]:
+    """Return the arguments of PEFT's ``get_prompt`` that a replacement needs."""
+    return batch_size, task_ids
 
 
 def _freeze(tensor: Tensor, count: int) -> Tensor:

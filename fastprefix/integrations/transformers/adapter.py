@@ -559,6 +559,11 @@ class Attachment:
             )
         return self.adapters[self.active]
 
+    def list_own_labels(self, model: PreTrainedModel) -> list[str]:
+        """Return the names of the labels that a model has without the adapter in use."""
+        exchanged = None if self.active is None else self.adapter.labels
+        return list_labels(model) if exchanged is None else exchanged
+
     def register_together(self, model: PreTrainedModel) -> None:
         """Make the methods that are trained together with the one in use parts of the model.
 

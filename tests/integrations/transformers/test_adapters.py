@@ -345,3 +345,19 @@ def test_nothing_attached() -> None:
         fastprefix.set_adapter(models.decoder(), "a")
     with pytest.raises(ValueError, match="method attached"), fastprefix.disable_adapter(models.decoder()):
         pass
+
+
+def test_an_adapter_in_use_with_other_labels_does_not_refuse_another(tmp_path: Path) -> None:
+    orders = {"a": ["negative", "positive"], "b": ["positive", "negative"]}
+    for name, labels in orders.items():
+        model = models.encoder()
+        model.config.id2label = dict(enumerate(labels))
+        fastprefix.save_adapter(fastprefix.attach(model, METHODS["prefix"](), check=False), tmp_path / name)
+    model = models.encoder()
+    for name in orders:
+        fastprefix.load_adapter(model, tmp_path / name, name=name)
+    for name, labels in orders.items():
+        fastprefix.set_adapter(model, name)
+        assert list((model.config.id2label or {}).values()) == labels
+    fastprefix.detach(model)
+    assert list((model.config.id2label or {}).values()) == ["LABEL_0", "LABEL_1"]

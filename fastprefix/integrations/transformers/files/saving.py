@@ -555,8 +555,7 @@ def read_adapter(model: PreTrainedModel, folder: Path, name: str) -> SavedAdapte
     if path.is_file():
         description, tensors = _read(path)
         if description is not None and "peft_type" not in description:
-            with use_adapter(model, None):  # an adapter in use may have other labels
-                config, labels = _parse_header(path, description, model)
+            config, labels = _parse_header(path, description, model)
             return SavedAdapter(config, tensors, labels=labels)
         with use_adapter(model, None):
             found = peft_format.convert_from_peft(folder / CONFIG_FILE, tensors, model, description)
@@ -643,7 +642,8 @@ def _check_labels(path: Path, labels: list[str] | None, base_class: str, model: 
             f"{path} has a head for {shown}, but {type(model).__name__} has none. Load the model as {base_class} with "
             f"num_labels={len(labels)}."
         )
-    names = list_labels(model)
+    attachment = find_attachment(model)  # an adapter in use may have other labels
+    names = list_labels(model) if attachment is None else attachment.list_own_labels(model)
     if len(labels) != len(names):
         raise ValueError(
             f"{path} has a head for {shown}, but `model` has one for {len(names)}. Load the model with "

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from ....methods import METHODS, PrefixMethod, PrefixTuning, PrefixTuningConfig
@@ -288,7 +289,8 @@ def _identify(part: Part, prefixes: Mapping[nn.Module, KeyedPrefix]) -> str:
     """
     given = [tensor[:, -1:] for prefix in prefixes.values() for tensor in prefix if tensor is not None]
     given += [] if part.method is None else list(part.method.parameters())
-    last = [tensor.detach().float().flatten() for tensor in given]
+    own = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in given]  # of this rank
+    last = [tensor.detach().float().flatten() for tensor in own]
     joined = torch.cat([tensor.to(last[0].device) for tensor in last]) if last else torch.empty(0)
     return hashlib.sha256(joined.cpu().numpy().tobytes()).hexdigest()  # a single copy from the device
 

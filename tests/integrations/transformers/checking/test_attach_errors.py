@@ -92,7 +92,7 @@ def test_attention_weights_are_refused() -> None:
 
 def test_inputs_too_long_for_absolute_positions() -> None:
     model = fastprefix.attach(models.encoder(), PROMPT)
-    with pytest.raises(ValueError, match=r"62 tokens.*64 positions"):
+    with pytest.raises(ValueError, match=r"by 3 positions .* 64 positions, but has 62\."):
         model(input_ids=torch.zeros(1, 62, dtype=torch.long))
     model(input_ids=torch.zeros(1, 61, dtype=torch.long))
 

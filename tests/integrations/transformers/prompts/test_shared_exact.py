@@ -540,14 +540,14 @@ def test_inputs_beyond_the_table(family: str, method: str) -> None:
     longest = ROWS[family] - LENGTH
     ids = torch.randint(3, models.VOCABULARY, (1, longest + 1), generator=torch.Generator().manual_seed(0))
     model(input_ids=ids[:, :longest])
-    with pytest.raises(ValueError, match=r"`num_virtual_tokens` = 5 .* 40 positions"):
+    with pytest.raises(ValueError, match=r"`input_ids` must have at most 35 tokens, .* by 5 positions .* 40 positions"):
         model(input_ids=ids)
     first = 2 if family == "roberta" else 0
     positions = first + (torch.arange(longest + 1) - 1).clamp(min=0)[None]
     mask = torch.ones_like(ids)
     mask[0, 0] = 0
     model(input_ids=ids, attention_mask=mask, position_ids=positions)
-    with pytest.raises(ValueError, match=r"`num_virtual_tokens` = 5 .* 40 positions"):
+    with pytest.raises(ValueError, match=r"`input_ids` must have at most 35 tokens, .* by 5 positions .* 40 positions"):
         model(input_ids=ids[:, :3], position_ids=positions[:, -3:] + 1)
 
 
