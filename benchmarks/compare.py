@@ -14,6 +14,10 @@ from .report import load_frame
 from .results import FIGURES, Record, describe_fault
 
 SAME = ("device_name", "cpu_capability", "threads", "adapters")
+SINCE = ("kernels", "lowered")
+"""Facts about the environment that older results lack."""
+SIZES = ("length", "rows", "tokens", "data", "dataset", "model")
+"""The settings of the main job that its cases do not name."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,10 +27,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def find_same_device(new: Record, folder: Path) -> Record:
-    """Return the record with the same suite, device, instruction set and number of threads."""
-    wanted = [new.suite, *(new.environment.get(name) for name in SAME)]
-    found = [r for _, r in results.read_all(folder) if [r.suite, *(r.environment.get(name) for name in SAME)] == wanted]
+    """Return the record with the same suite, device, instruction set, number of threads and sizes."""
+    if new.settings.get("quick"):
+        raise BenchmarkError("a quick run measures tiny models, which no result can be compared with")
+
+    def agrees(old: Record) -> bool:
+        same = all(new.environment.get(name) == old.environment.get(name) for name in SAME)
+        pairs = [(new.environment.get(name), old.environment.get(name)) for name in SINCE]
+        pairs += [(new.settings.get(name), old.settings.get(name)) for name in SIZES]
+        return old.suite == new.suite and same and all(None in pair or pair[0] == pair[1] for pair in pairs)
+
+    found = [record for _, record in results.read_all(folder) if agrees(record)]
     if len(found) != 1:
+        wanted = [new.suite, *(new.environment.get(name) for name in (*SAME, *SINCE))]
+        wanted += [new.settings[name] for name in SIZES if name in new.settings]
         raise BenchmarkError(f"there must be one result of {wanted} to compare with, got {len(found)}")
     return found[0]
 
@@ -39,6 +53,8 @@ def run(options: argparse.Namespace) -> int:
     ratios = ["low", "x floor", "high"]
     about = [name for name in now if name in before and name not in (*FIGURES, *ratios)]
     both = before[[*about, *ratios]].merge(now[[*about, *ratios]], on=about, suffixes=(" before", "")).dropna()
+    lost = before[before.role == "ours"].merge(now[about], on=about, how="left", indicator=True)
+    lost = lost[lost._merge == "left_only"]
     if both.empty:
         raise BenchmarkError(f"{options.new}: no case in common with the result of {old.environment['date']}")
     both["factor"] = both["x floor"] / both["x floor before"]
@@ -48,6 +64,8 @@ def run(options: argparse.Namespace) -> int:
     if busy := find_busyness(new.environment):
         print(f"{busy}. Measure again before you rely on this")
     print(moved[[*about, "x floor before", "x floor", "factor"]].to_string(index=False, float_format="%.2f"))
+    if len(lost):
+        print(f"not measured now: {len(lost)} ratios of {', '.join(sorted(set(lost.peer)))}")
     print("\n".join(map(describe_fault, new.faults)))
     failed = before[before.role == "ours"].peer.isin([fault["peer"] for fault in new.faults]).any()
     return int(failed or ((moved.role == "ours") & (moved.factor > 1)).any())

@@ -110,11 +110,14 @@ def split_rows(name: str, rows: Dataset, seed: int) -> DatasetDict:
     """Split rows into a part to train on and a held-out part, named "test", and number their labels."""
     if len(rows) < 2:
         raise BenchmarkError(f"{name}: the text must have at least two passages")
-    rows = rows.select(range(min(len(rows), MOST_ROWS)))
+    if len(rows) > MOST_ROWS:  # which may be sorted by their labels
+        rows = rows.shuffle(seed=seed).select(range(MOST_ROWS))
     if "label" in rows.column_names:
         rows = rows.class_encode_column("label")
         if rows.features["label"].num_classes > MOST_CLASSES:
             raise BenchmarkError(f"{name}: the label column has more than {MOST_CLASSES} distinct values")
+        if rows.features["label"].num_classes < 2:
+            raise BenchmarkError(f"{name}: the label column has the same value in every row")
     return rows.train_test_split(max(1, round(HELD_OUT * len(rows))), seed=seed)
 
 

@@ -60,7 +60,8 @@ class Record:
     def find_objections(self) -> list[str]:
         """Return the reasons why these results must not be published."""
         objections = ["it was a quick run"] if self.settings.get("quick") else []
-        objections += ["files differed from the commit"] if self.environment.get("dirty") else []
+        if self.environment.get("dirty") is not False:
+            objections.append("files differed from the commit, or git did not know")
         objections += filter(None, [find_busyness(self.environment)])
         return objections
 
@@ -101,13 +102,18 @@ def read(path: Path) -> Record:
 
 
 def read_all(folder: Path) -> list[tuple[Path, Record]]:
-    """Read all files in a folder and its subfolders, except studies, whose rows are not figures of peers."""
-    paths = [
-        path for path in sorted(folder.resolve().rglob("*.json")) if "study" not in f"{path.parent.name}{path.name}"
-    ]
-    if not paths:
+    """Read all results in a folder and its subfolders, except studies, whose rows are not figures of peers.
+
+    Other JSON files, such as those of models that the suite ``cartridge`` stores, are left out.
+    """
+    found = []
+    for path in sorted(folder.resolve().rglob("*.json")):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(content, dict) and {"suite", "rows"} <= content.keys() and content["suite"] != "study":
+            found.append((path, read(path)))
+    if not found:
         raise BenchmarkError(f"{folder}: this folder and its subfolders contain no JSON files of results")
-    return [(path, read(path)) for path in paths]
+    return found
 
 
 def write_text(text: str, path: Path) -> None:

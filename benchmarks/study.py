@@ -22,6 +22,7 @@ from typing import Any, Literal, cast
 import numpy as np
 import optuna
 import pandas as pd
+import scipy.stats
 import torch
 import transformers
 from datasets import ClassLabel, Dataset, Features, List
@@ -51,8 +52,8 @@ Scores are the mean and standard deviation over the seeds. Prompt or prefix toke
 trainable: parameters without the head of the classifier, which every method trains.
 rates: learning rates, chosen on the dev split.
 best step: the step with the best dev score, whose weights are tested.
-gates: smallest and largest mean gate of a layer with the best weights of the first seed.
-95 %: bootstrap interval of the mean difference over the seeds. If it contains 0, the answer is open."""
+gates: smallest and largest mean gate of a layer with the best weights of the first seed, for the longest dev texts.
+95 %: t interval of the mean difference over the seeds. If it contains 0, the answer is open."""
 
 
 def prepare(cell: Row, rates: Row, model: PreTrainedModel, head_rate: float) -> Prepared:
@@ -95,7 +96,10 @@ class Pruner(TrainerCallback):
 
 
 class GateRecorder(TrainerCallback):
-    """A callback that stores the mean gate of each layer at every evaluation. Methods without gates have none."""
+    """A callback that stores the mean gate of each layer at every evaluation, for its last batch, the longest texts.
+
+    Methods without gates have none.
+    """
 
     def __init__(self, method: Any) -> None:
         self.trend: list[list[float]] = []
@@ -424,8 +428,9 @@ def publish(study: str, title: str) -> str:
 def answer(differences: pd.Series) -> list[str]:
     """Return the mean of differences, its interval, the differences, and whether the first cell is better."""
     each = differences.to_numpy()
-    means = np.random.default_rng(0).choice(each, (10_000, len(each))).mean(1)
-    low, high = np.quantile(means, (0.025, 0.975))
+    # With few seeds, a bootstrap interval of percentiles is too narrow: it misses 0 in 16 % of equal cells, not in 5 %.
+    half = scipy.stats.t.ppf(0.975, len(each) - 1) * each.std(ddof=1) / len(each) ** 0.5 if len(each) > 1 else 0.0
+    low, high = each.mean() - half, each.mean() + half
     enough = len(each) > FEW_SEEDS
     verdict = "open" if not enough or low <= 0.0 <= high else "yes" if low > 0.0 else "no"
     interval = f"{low:+.1f} to {high:+.1f}" if enough else MISSING

@@ -147,7 +147,12 @@ class TestReport:
 
     @pytest.mark.parametrize(
         ("changes", "reason"),
-        [({"dirty": True}, "differed"), ({"load_average": 1.5, "cpu_count": 2}, "busy"), ({"quick": True}, "quick")],
+        [
+            ({"dirty": True}, "differed"),
+            ({"dirty": None}, "git did not know"),
+            ({"load_average": 1.5, "cpu_count": 2}, "busy"),
+            ({"quick": True}, "quick"),
+        ],
     )
     def test_some_runs_are_not_published(self, changes: dict[str, Any], reason: str, tmp_path: Path) -> None:
         main_record = COMMITTED["main_job"]
@@ -196,6 +201,22 @@ class TestCompare:
         assert self.run(tmp_path, make_record(1.0), make_record(1.0, threads=3)) == 2
         other = replace(make_record(1.0), rows=[{**row, "N": 5} for row in make_record(1.0).rows])
         assert self.run(tmp_path, make_record(1.0), other) == 2
+        assert self.run(tmp_path, make_record(1.0, kernels="amx"), make_record(1.0, kernels="avx2")) == 2
+        quick = replace(make_record(1.0), settings={"quick": True})
+        assert self.run(tmp_path, make_record(1.0), quick) == 2
+
+    def test_ratios_that_are_gone(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        old = make_record(1.0)
+        more = [{**row, "N": 5} for row in old.rows]
+        assert self.run(tmp_path, replace(old, rows=[*old.rows, *more]), old) == 0
+        assert "not measured now: 1 ratios of mine" in capsys.readouterr().out
+
+    def test_other_files_are_no_results(self, tmp_path: Path) -> None:
+        (tmp_path / "trainer_state.json").write_text('{"epoch": 1}')
+        with pytest.raises(BenchmarkError, match="no JSON files of results"):
+            results.read_all(tmp_path)
+        path = make_record(1.0).write(tmp_path)
+        assert [found for found, _ in results.read_all(tmp_path)] == [path.resolve()]
 
     @pytest.mark.parametrize("name", COMPARABLE)
     def test_committed_results_against_themselves(self, name: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -208,6 +229,13 @@ class TestData:
     ROWS = (('good "film"', "pos"), ("bad", "neg"), ("fine", "pos"), ("dull", "neg"))
 
     OPTIONS = argparse.Namespace(text_column=None, label_column=None)
+
+    def test_rows_that_are_sorted_by_label(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(data, "MOST_ROWS", 40)
+        rows = Dataset.from_dict({"text": ["a"] * 100, "label": ["0"] * 50 + ["1"] * 50})
+        assert data.list_classes(data.split_rows("sorted", rows, seed=0)) == ["0", "1"]
+        with pytest.raises(BenchmarkError, match="same value in every row"):
+            data.split_rows("sorted", rows.select(range(50)), seed=0)
 
     def test_python_documentation(self) -> None:
         corpus = data.split_rows("docs", data.read_python_documentation(), seed=0)

@@ -138,6 +138,12 @@ def test_answers(differences: list[float], expected: str) -> None:
     assert study.answer(pd.Series(differences[:4]))[-1] == "open"  # too few seeds
 
 
+def test_equal_cells_are_rarely_said_to_differ() -> None:
+    samples = np.random.default_rng(0).normal(size=(2_000, 5))
+    wrong = sum(study.answer(pd.Series(sample))[-1] != "open" for sample in samples) / len(samples)
+    assert 0.04 < wrong < 0.06
+
+
 @pytest.mark.parametrize(
     ("rows", "more", "message"),
     [

@@ -33,6 +33,9 @@ MORE: dict[str, dict[str, Any]] = {
     "float mask": {"mask": "float BHNM", "N": 6, "M": 20, "is_causal": True, "window_size": 3},
     "segments": {"segments": True, "N": 20, "M": 20, "layout": "strided"},
     "plain attention": {"P": None, "N": 20, "M": 20, "is_causal": True},
+    "plain attention, negative scale": {"P": None, "N": 20, "M": 20, "is_causal": True, "scale": -0.3},
+    "plain attention, scale of 0": {"P": None, "N": 20, "M": 20, "is_causal": True, "scale": 0.0},
+    "output gate, negative scale": {"output_gate": "BH", "N": 9, "M": 9, "is_causal": True, "scale": -0.3},
     "more queries than keys": {"N": 50, "M": 3, "P": 40, "scale": 0.3, "is_causal": True},
     "other values": {"Dv": 12, "N": 20, "M": 11, "Hq": 6},
 }

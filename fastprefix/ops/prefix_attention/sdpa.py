@@ -86,8 +86,9 @@ def _lay_out(output: Tensor, query: Tensor) -> Tensor:
 def _attend(a: AttentionArguments, key: Tensor, value: Tensor, prefix: int = 0) -> Tensor:
     """Attend to keys of which the first ``prefix`` are visible to all queries, and the others are the tokens."""
     tokens = key.shape[2] - prefix
-    if a.is_causal and prefix == 0 and a.query.shape[2] == tokens and not _has_mask(a):
-        mask, is_causal = None, True  # PyTorch aligns causality at the first query and key
+    # PyTorch aligns causality at the first query and key, and hides scores before it multiplies them by the scale.
+    if a.is_causal and prefix == 0 and a.query.shape[2] == tokens and a.scale > 0.0 and not _has_mask(a):
+        mask, is_causal = None, True
     else:
         mask, is_causal = _make_mask(a, prefix), False
     return F.scaled_dot_product_attention(

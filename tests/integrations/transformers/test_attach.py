@@ -14,6 +14,9 @@ from transformers import (
     PreTrainedModel,
     RobertaConfig,
     RobertaForSequenceClassification,
+    RobertaModel,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 import fastprefix
@@ -524,3 +527,21 @@ def test_other_parts_that_the_caller_trains_are_counted() -> None:
 def test_example_inputs_on_which_the_model_does_not_run(given: Any, error: type[Exception], says: str) -> None:
     with pytest.raises(error, match=says):
         fastprefix.attach(models.decoder(), fastprefix.PrefixTuningConfig(2), example_inputs=given)
+
+
+@pytest.mark.parametrize("kind", [RobertaForSequenceClassification, RobertaModel])
+def test_prefixes_that_shift_positions_beside_padding_rows(kind: Any) -> None:
+    """Padding keeps the row of its own in the table, also in the textbook."""
+    options = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    model = kind(RobertaConfig(**options, vocab_size=97, pad_token_id=1, max_position_embeddings=64)).eval()
+    fastprefix.attach(model, fastprefix.PrefixTuningConfig(4, prefix_position="shift"))
+
+
+def test_direct_calls_of_an_encoder_with_reentrant_checkpointing() -> None:
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "vocab_size": 97}
+    model = T5ForConditionalGeneration(T5Config(**sizes))
+    config = fastprefix.PrefixTuningConfig(4, reparameterization="mlp", hidden_dim=8)
+    fastprefix.attach(model, config, check=False).train()
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    with pytest.raises(RuntimeError, match="`use_reentrant` must be False"):
+        model.get_encoder()(input_ids=models.batch()["input_ids"] % 97)

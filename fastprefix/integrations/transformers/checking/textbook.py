@@ -290,10 +290,11 @@ class PrefixTextbook:
             setattr(cache, _GATES, self.gates)
 
     def _move_positions(self) -> None:
-        """Shift all position tables and rotary embeddings by the length of the prefix."""
+        """Shift all position tables, except for the row of padding, and rotary embeddings by the prefix's length."""
         with torch.no_grad():
             for table in _find_position_tables(self.model):
-                table.weight[: -self.shift] = table.weight[self.shift :].clone()
+                first = 0 if table.padding_idx is None else table.padding_idx + 1
+                table.weight[first : -self.shift] = table.weight[first + self.shift :].clone()
         for module in _find_rotary_embeddings(self.model):
             module.register_forward_pre_hook(self._move, with_kwargs=True)
 

@@ -42,8 +42,10 @@ def read_cartridge(path: Path, model: PreTrainedModel) -> tuple[PrefixTuningConf
     parameters: dict[str, Tensor] = {}
     for name, tensors in lists.items():
         which, frozen = name.rpartition("_")[2], not name.startswith("trainable")
-        if frozen and not tensors:
+        if frozen and not any(tensor.numel() for tensor in tensors):
             continue
+        if frozen and f"prefix.frozen_{which}.0" in parameters:
+            raise ValueError(f"The cartridge {path} must have frozen or fixed tokens, but has both.")
         if len(tensors) != len(layers):
             raise ValueError(f"{name!r} in {path} must have {len(layers)} layers for `model`, but has {len(tensors)}.")
         for i, (tensor, (heads, *sizes)) in enumerate(zip(tensors, shapes, strict=True)):

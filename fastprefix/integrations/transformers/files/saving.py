@@ -498,7 +498,8 @@ def read_prefix(
 
     Raises:
         FileNotFoundError: if there is no adapter in the directory.
-        ValueError: if the adapter is damaged, does not fit the model, or consists of more than free keys and values.
+        ValueError: if the adapter is damaged, belongs to another kind of model, or consists of more than free keys and
+            values.
     """
     folder, base = locate_adapter(directory, revision, token), find_base_model(model)
     assert isinstance(base, PreTrainedModel)
@@ -511,12 +512,33 @@ def read_prefix(
             f"{type(config).__name__} with {', '.join(sorted(kinds - known)) or 'no prefix'}."
         )
     layers = sum(name.startswith("prefix.keys.") for name in tensors)
+    _check_prefix(directory, config, tensors, layers)
     pairs = [
         (peft_format.join_frozen(tensors, "keys", i), peft_format.join_frozen(tensors, "values", i))
         for i in range(layers)
     ]
     biases = [tensors[f"key_biases.{i}"] for i in range(layers)] if config.key_bias else None
     return PrefixState(pairs, biases, config.prefix_position, config.position_shift)
+
+
+def _check_prefix(
+    directory: str | os.PathLike[str], config: PrefixTuningConfig, tensors: Mapping[str, Tensor], layers: int
+) -> None:
+    """Check that a file has the keys, values and biases of all tokens in every layer."""
+    parts = {"": config.num_virtual_tokens - config.num_frozen_tokens, "frozen_": config.num_frozen_tokens}
+    expected = {
+        f"prefix.{kind}{which}.{i}": tokens
+        for i in range(layers)
+        for kind, tokens in parts.items()
+        for which in ("keys", "values")
+        if tokens or not kind
+    }
+    if config.key_bias:
+        expected |= {f"key_biases.{i}": config.num_virtual_tokens for i in range(layers)}
+    found = {name: tensor.shape[1] for name, tensor in tensors.items() if tensor.ndim > 1}
+    wrong = sorted(name for name in {*tensors, *expected} if found.get(name) != expected.get(name))
+    if wrong or not layers:
+        raise ValueError(f"`directory` '{directory}' contains a damaged prefix: {', '.join(wrong[:3]) or 'no layers'}.")
 
 
 def locate_adapter(
@@ -617,6 +639,8 @@ def _parse_header(
     base, base_class, _, version = (description.pop(name) for name in _ABOUT)
     description.pop(_SAVE_ID, None)
     labels = description.pop(_LABELS, None)
+    if labels is not None and not (isinstance(labels, list) and all(isinstance(label, str) for label in labels)):
+        raise ValueError(f"The header of {path} is damaged, since its {_LABELS} are not a list of names.")
     if base != model.config.model_type:
         raise ValueError(f"{path} is an adapter for a {base} model, but `model` is a {model.config.model_type} model.")
     _check_labels(path, labels, base_class, model)

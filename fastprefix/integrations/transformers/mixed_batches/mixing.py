@@ -46,7 +46,7 @@ from ..models.hooks import (
 from ..models.positions import Positions, PositionShift, RowShift, refuse_packed
 from ..models.switching import Implementation, runs_on_text
 from ..prefixes.gates import drop_by_row, hold_by_row
-from ..prefixes.prefix import HiddenWatch
+from ..prefixes.prefix import HiddenWatch, refuse_reentrant
 from ..prompts.prompt import OffsetHooks, needs_ids
 from ..prompts.shared_prompt import Randomness, capturing, find_reason_against_mask
 from ..sharding.fully_sharded import is_fully_sharded, run_gathered
@@ -175,7 +175,9 @@ class MixtureHooks:
         call = self.call
         if call is None or get_carried_bindings() is not None:
             return forward(*args, **kwargs)
+        refuse_reentrant(self.encoder)
         call.begin({}, self.backbone)
+        carry_through_checkpoints(self.encoder)
 
         def run() -> Any:
             if torch.is_grad_enabled():

@@ -398,20 +398,22 @@ def check_together(parts: Sequence[Part]) -> None:
     Raises:
         ValueError: if two of the adapters cannot be combined.
     """
-    groups: dict[str, dict[Any, str]] = {"softmax": {}, "positions": {}, "states": {}, "pooling": {}}
+    groups: dict[Any, dict[Any, str]] = {"softmax": {}, "positions": {}, "states": {}}
     for part in parts:
         groups["softmax"].setdefault(part.has_own_softmax, part.name)
         groups["positions"].setdefault(part.shift > 0, part.name)
         groups["states"].setdefault(isinstance(part.method, LlamaAdapter), part.name)
-        for pooling in getattr(part.gates, "poolings", ()):
-            groups["pooling"].setdefault(pooling == "query", part.name)
+        poolings: Any = getattr(part.gates, "poolings", None)
+        for module, index in part.indices.items() if poolings is not None else ():
+            groups.setdefault(("pooling", module), {}).setdefault(poolings[index] == "query", part.name)
     reasons = {
         "states": "LLaMA-Adapter can only be in a batch with other adapters of that method",
         "softmax": "only one of them has a separate softmax",
         "positions": 'one moves the positions of the tokens ("shift") and the other does not ("none")',
-        "pooling": "one has a gate per query and the other has a gate per sequence",
     }
-    for kind, reason in reasons.items():
-        if len(groups[kind]) > 1:
-            first, second = list(groups[kind].values())[:2]
+    of_gates = "one has a gate per query and the other has a gate per sequence"
+    for kind, group in groups.items():
+        if len(group) > 1:
+            first, second = list(group.values())[:2]
+            reason = reasons.get(kind, of_gates)
             raise ValueError(f"`adapter_names` must not name both {first!r} and {second!r}: {reason}.")

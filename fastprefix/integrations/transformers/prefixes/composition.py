@@ -145,7 +145,8 @@ def swap_prefix(model: nn.Module, sources: PrefixSource | Sequence[PrefixSource]
 
 def _copy_shared(state: PrefixState, method: PrefixTuning) -> PrefixState:
     """Return a state without tensors that are views of a method's parameters, which are overwritten."""
-    own = {parameter.untyped_storage().data_ptr() for parameter in method.parameters()}
+    parameters = (each.to_local() if isinstance(each, DTensor) else each for each in method.parameters())
+    own = {each.untyped_storage().data_ptr() for each in parameters}
 
     def copy(tensor: Tensor) -> Tensor:
         return tensor.clone() if tensor.untyped_storage().data_ptr() in own else tensor

@@ -346,6 +346,14 @@ class _PrefixState(CallState):
         self.call: PrefixCall | None = None
 
 
+def refuse_reentrant(encoder: nn.Module) -> None:
+    """Refuse a direct call of an encoder that would differentiate the prefixes once per layer."""
+    if torch.is_grad_enabled() and checkpoints_reentrantly(encoder):
+        raise RuntimeError(
+            f"`use_reentrant` must be False for gradient checkpointing of a direct call of {type(encoder).__name__}."
+        )
+
+
 class PrefixHooks:
     """A prefix method on a model, whose attention is "fastprefix" from ``install`` to ``remove``."""
 
@@ -482,6 +490,7 @@ class PrefixHooks:
         """Run an encoder. If it is called outside the model, compute new prefixes instead of reusing former ones."""
         if self.state.call is not None:
             return forward(*args, **kwargs)
+        refuse_reentrant(self.encoder)
 
         def run() -> Any:
             call = PrefixCall(self.method, self.heads, compute_prefixes(self.method, self.heads))

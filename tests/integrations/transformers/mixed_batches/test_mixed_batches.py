@@ -31,6 +31,8 @@ from transformers import (
     StableLmConfig,
     Starcoder2Config,
     StaticCache,
+    T5Config,
+    T5ForConditionalGeneration,
     Trainer,
     TrainingArguments,
 )
@@ -686,3 +688,18 @@ class TestErrors:
         model.train()
         with pytest.raises(ValueError, match="dropout"):
             model(**make_rows(2), adapter_names=["prompt", "prefix"])
+
+
+def test_gates_of_an_encoder_decoder_in_a_batch() -> None:
+    """Its encoder has a gate per sequence, its decoder one per query. Each layer has only one kind."""
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "vocab_size": 97}
+    model = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0, dropout_rate=0.0)).double().eval()
+    fastprefix.attach(model, fastprefix.APTConfig(4), name="a", check=False)
+    models.randomize(model)
+    inputs = {"input_ids": models.batch()["input_ids"] % 97, "decoder_input_ids": torch.arange(3, 12).view(3, 3)}
+    with torch.no_grad():
+        actual = model(**inputs, adapter_names=["a", BASE, "a"]).logits
+        alone = model(**inputs).logits
+        with fastprefix.disable_adapter(model):
+            alone[1] = model(**inputs).logits[1]
+    torch.testing.assert_close(actual, alone, rtol=1e-9, atol=1e-9)

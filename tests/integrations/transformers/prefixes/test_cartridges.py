@@ -578,3 +578,16 @@ def test_a_long_text_of_a_hybrid_model_runs_at_once(pieces: list[int]) -> None:
     found = initial.compute_keys_values(model, ids, layers)
     assert not pieces
     assert_close(found, [(layer.key[0], layer.value[0]) for layer in layers])
+
+
+def test_a_cartridge_without_frozen_tokens_may_say_so(tmp_path: Path) -> None:
+    empty = torch.nn.ParameterList([torch.empty(1, models.KV_HEADS, 0, HEAD)] * models.LAYERS)
+    expected = write_cartridge(tmp_path / "cache_last.pt", 0, frozen_keys=empty, frozen_values=empty)
+    assert_close(prefixes(fastprefix.load_adapter(models.decoder(), tmp_path)), expected)
+    write_cartridge(tmp_path / "cache_last.pt", 1)
+    both = torch.load(tmp_path / "cache_last.pt", weights_only=False)
+    torch.save(
+        {**both, "fixed_keys": both["frozen_keys"], "fixed_values": both["frozen_values"]}, tmp_path / "cache_last.pt"
+    )
+    with pytest.raises(ValueError, match="must have frozen or fixed tokens, but has both"):
+        fastprefix.load_adapter(models.decoder(), tmp_path)

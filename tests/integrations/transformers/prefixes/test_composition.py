@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import DynamicCache, Trainer, TrainingArguments
 
@@ -498,3 +500,16 @@ def test_rates_and_gates_of_a_composition() -> None:
     groups = fastprefix.parameter_groups(model, gate_lr=0.1)
     assert [group["lr"] for group in groups] == [2e-2]
     assert all(parameter.requires_grad for group in groups for parameter in group["params"])
+
+
+@pytest.mark.parametrize("lost", ["prefix.values.1", "prefix.frozen_keys.0", "key_biases.1", "prefix.keys"])
+def test_damaged_prefixes_are_not_read(lost: str, tmp_path: Path) -> None:
+    config = fastprefix.PrefixTuningConfig(4, num_frozen_tokens=2, key_bias=True, **SHIFT)
+    fastprefix.save_adapter(fastprefix.attach(models.decoder(), config, check=False), tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    with safe_open(file, "pt") as opened:
+        header = opened.metadata()
+    kept = {name: tensor for name, tensor in load_file(file).items() if not name.startswith(lost)}
+    save_file(kept, file, header)
+    with pytest.raises(ValueError, match=r"contains a damaged prefix: "):
+        fastprefix.read_prefix(models.decoder(), tmp_path)
