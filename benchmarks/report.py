@@ -406,7 +406,7 @@ def describe_record(name: str, record: Record) -> str:
     values = dict.fromkeys((row[column],) for row in record.rows) if column else [()]
     objections = [f"Not to be published: {objection}." for objection in record.find_objections()]
     tables = [table(record, *value) for value in values]
-    tables += [tabulate_shares(record)] if "peaks" in record.settings else []
+    tables += [tabulate_shares(record)] if record.settings.get("peaks") else []
     tables += [tabulate_gpu_tiles(record), tabulate_gpu_methods(record)] if record.suite.startswith("gpu") else []
     texts = [*(table.markdown() for table in tables if table.rows), describe_rounds([record]).strip()]
     return "\n\n".join([f"## {name}", facts, *objections, *filter(None, texts), *map(describe_fault, record.faults)])

@@ -379,7 +379,10 @@ def run(options: argparse.Namespace) -> int:
 def summarize(record: Record) -> list[Table]:
     """Return a table of the cells of the current subject, and a table of the questions with their answers."""
     subject = record.settings["subject"]
-    frame = pd.DataFrame([row for row in record.rows if row["subject"] == subject])
+    current = [row for row in record.rows if row["subject"] == subject]
+    # The options or the rates of a cell may have been changed. Seeds from before would be those of another cell.
+    newest = {row["method"]: (row["cell"], row["rates"]) for row in current}
+    frame = pd.DataFrame([row for row in current if (row["cell"], row["rates"]) == newest[row["method"]]])
     if frame.empty:
         return []
     frame = frame.drop_duplicates(["method", "seed"], keep="last")

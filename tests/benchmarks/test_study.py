@@ -138,6 +138,15 @@ def test_answers(differences: list[float], expected: str) -> None:
     assert study.answer(pd.Series(differences[:4]))[-1] == "open"  # too few seeds
 
 
+def test_seeds_of_a_changed_cell_are_not_mixed() -> None:
+    record = results.read(results.FOLDER / "study-sst2-minilm" / "study.json")
+    (before,) = (row for row in study.summarize(record)[0].rows if row[0] == "PT (20)")
+    last = next(row for row in reversed(record.rows) if row["method"] == "PT (20)")
+    record.rows.append({**last, "seed": 1, "rates": {"prompt": 0.5}})
+    (after,) = (row for row in study.summarize(record)[0].rows if row[0] == "PT (20)")
+    assert (before[3], after[3]) == ("5", "1")
+
+
 def test_equal_cells_are_rarely_said_to_differ() -> None:
     samples = np.random.default_rng(0).normal(size=(2_000, 5))
     wrong = sum(study.answer(pd.Series(sample))[-1] != "open" for sample in samples) / len(samples)
