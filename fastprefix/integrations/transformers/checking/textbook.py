@@ -245,6 +245,7 @@ class PrefixTextbook:
         self.gates: dict[int, tuple[Tensor, Tensor]] = {}  # the pooled gates, and a mask of the rows that have begun
         self.padding: dict[str, Tensor | None] = {}
         self.past = self.tokens = 0
+        self.counts = True  # the model counts the positions of the call itself
         self.shift = method.position_shift()
         switch_to_textbook(model, _NAME, self._attend_anywhere)
         for layer in layers:
@@ -270,6 +271,7 @@ class PrefixTextbook:
         mask, cache = inputs.get("attention_mask"), find_cache(inputs)
         self.past = 0 if cache is None else int(cache.get_seq_length())
         self.tokens = count_tokens(inputs)
+        self.counts = inputs.get("position_ids") is None
         self.padding = {"encoder": mask, "decoder": mask}
         if self.model.config.is_encoder_decoder:
             self.padding["decoder"] = inputs.get("decoder_attention_mask")
@@ -290,13 +292,20 @@ class PrefixTextbook:
             setattr(cache, _GATES, self.gates)
 
     def _move_positions(self) -> None:
-        """Shift all position tables, except for the row of padding, and rotary embeddings by the prefix's length."""
+        """Shift all position tables and rotary embeddings by the length of the prefix."""
         with torch.no_grad():
             for table in _find_position_tables(self.model):
-                first = 0 if table.padding_idx is None else table.padding_idx + 1
-                table.weight[first : -self.shift] = table.weight[first + self.shift :].clone()
+                if table.padding_idx is not None:
+                    table.register_forward_pre_hook(self._move_rows)
+                else:
+                    table.weight[: -self.shift] = table.weight[self.shift :].clone()
         for module in _find_rotary_embeddings(self.model):
             module.register_forward_pre_hook(self._move, with_kwargs=True)
+
+    def _move_rows(self, table: Any, args: tuple[Any, ...]) -> Any:
+        """Shift the rows of a table, except for the row of padding if the model counts the positions itself."""
+        padding = args[0] == table.padding_idx if self.counts else torch.zeros_like(args[0], dtype=torch.bool)
+        return (torch.where(padding, args[0], args[0] + self.shift), *args[1:])
 
     def _move(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         arguments = name_arguments(read_parameter_names(module), args, kwargs)
