@@ -85,8 +85,14 @@ def shard_like(model: nn.Module, method: nn.Module) -> None:
 def _find_offload_policy(model: nn.Module) -> OffloadPolicy:
     """Return the policy by which FSDP2 offloads the shards of a model."""
     states: list[Any] = [each._get_fsdp_state() for each in model.modules() if isinstance(each, FSDPModule)]
-    policies = (group.offload_policy for state in states for group in state._fsdp_param_groups)
+    policies = (group.offload_policy for state in states for group in _list_groups(state))
     return next(policies, OffloadPolicy())
+
+
+def _list_groups(state: Any) -> list[Any]:
+    """Return the groups of parameters of a module that FSDP2 gathers. PyTorch 2.11 has one group or none."""
+    groups = getattr(state, "_fsdp_param_groups", None)
+    return [each for each in [state._fsdp_param_group] if each is not None] if groups is None else list(groups)
 
 
 @contextmanager

@@ -31,6 +31,7 @@ class VisionTextbook:
         self.model = model
         self.method = method
         self.place = stack.leading
+        self.tokens = 0  # tokens of an image
         self.rows = 0  # rows in the current layer
         self.image_rows = 0  # how many of them, at the end, differ by image
         self.attention: Tensor | None = None  # attention of the class token to the tokens of the image
@@ -50,6 +51,7 @@ class VisionTextbook:
         def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             given = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
             former, apart = (self.rows, self.image_rows) if index else (0, 0)
+            self.tokens = given.shape[1] - former
             behind = self.place + former
             plain = given[:, self.place : behind - apart]
             own: Tensor | None = given[:, behind - apart : behind] if apart else None
@@ -83,13 +85,12 @@ class VisionTextbook:
         states = output.get("hidden_states") if isinstance(output, ModelOutput) else None
         if states is None:
             return output
-        length = min(each.shape[1] for each in states if each is not None)
-        output["hidden_states"] = tuple(each if each is None else self._keep_tokens(each, length) for each in states)
+        output["hidden_states"] = tuple(each if each is None else self._keep_tokens(each) for each in states)
         return output
 
-    def _keep_tokens(self, states: Tensor, length: int) -> Tensor:
+    def _keep_tokens(self, states: Tensor) -> Tensor:
         """Return states ``[B, N + P, d]`` without their P rows, for any P."""
-        last = states.shape[1] - (length - self.place)
+        last = states.shape[1] - (self.tokens - self.place)
         return torch.cat([states[:, : self.place], states[:, last:]], dim=1)
 
     def _remove_rows(self, states: Tensor) -> Tensor:
