@@ -110,7 +110,7 @@ def read_all(folder: Path) -> list[tuple[Path, Record]]:
     for path in sorted(folder.resolve().rglob("*.json")):
         content = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(content, dict) and {"suite", "rows"} <= content.keys() and content["suite"] != "study":
-            found.append((path, read(path)))
+            found.append((path, Record(**content)))
     if not found:
         raise BenchmarkError(f"{folder}: this folder and its subfolders contain no JSON files of results")
     return found

@@ -58,6 +58,7 @@ class CompositionConfig(MethodConfig):
         return [MethodConfig.from_dict(part) for part in self.parts]
 
     @property
+    # A property in place of the class's attribute, since each composition has its own parts.
     def learning_rates(self) -> LearningRates:  # type: ignore[override]
         """Return the lowest rates of the trained parts, or of all parts if none is trained."""
         configs = self.make_configs()

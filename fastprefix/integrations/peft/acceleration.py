@@ -18,12 +18,12 @@ from transformers import PreTrainedModel
 
 from ..transformers.checking import conformance
 from ..transformers.models.discovery import Layer, find_layers
-from ..transformers.models.hooks import Forward, Interception
+from ..transformers.models.hooks import Forward, Interception, MethodReplacement
 from ..transformers.models.switching import evaluating, find_device, list_adapting_users, seed_generators
 from ..transformers.prompts.shared_prompt import find_reason_against_layers, share_always
 from ..transformers.sharding.tensor_parallel import is_tensor_parallel
 from .adaption_prompt import AdaptionPromptAcceleration, find_adapted_attentions, find_reason_not_fusable
-from .prefix import CachedPrefix, MethodReplacement, PrefixAcceleration, PromptLearning
+from .prefix import CachedPrefix, PrefixAcceleration, PromptLearning
 from .prompt import PromptAcceleration
 
 ATTRIBUTE = "fastprefix"

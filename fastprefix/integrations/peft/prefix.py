@@ -35,9 +35,9 @@ from ..transformers.models.attention import (
 )
 from ..transformers.models.discovery import Layer, find_backbone
 from ..transformers.models.hooks import (
-    Around,
     Forward,
     Interception,
+    MethodReplacement,
     asks_for,
     check_parameter_names,
     checkpoints_reentrantly,
@@ -168,41 +168,6 @@ class _PeftCalls(threading.local):
 
 
 _CALLS = _PeftCalls()
-
-
-class MethodReplacement:
-    """A replacement for a method of a PEFT model, as an attribute of the model until ``remove``.
-
-    It runs ``around(former, args, kwargs)``. Other code may have replaced the method before. If other code still holds
-    this replacement afterwards, it only calls the former method.
-    """
-
-    def __init__(self, peft_model: nn.Module, name: str, around: Around) -> None:
-        self.peft_model = peft_model
-        self.name = name
-        self.around: Around | None = around
-        self.former: Callable[..., Any] | None = vars(peft_model).get(name)
-        vars(peft_model)[name] = self
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.around is None:
-            return self.call_former(*args, **kwargs)
-        return self.around(self.call_former, args, kwargs)
-
-    def call_former(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the method that the model had before."""
-        if self.former is not None:
-            return self.former(*args, **kwargs)
-        return getattr(type(self.peft_model), self.name)(self.peft_model, *args, **kwargs)
-
-    def remove(self) -> None:
-        """Restore the former method, unless other code has replaced it again."""
-        self.around = None
-        attributes = vars(self.peft_model)
-        if attributes.get(self.name) is self:
-            del attributes[self.name]
-            if self.former is not None:
-                attributes[self.name] = self.former
 
 
 class PromptLearning(CachedPrefix):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from ..models.discovery import Layer, find_layers
 from ..models.hooks import (
     Forward,
     Interception,
+    MethodReplacement,
     count_past,
     find_cache,
     name_arguments,
@@ -68,31 +68,25 @@ class Routing:
         self.written: dict[Adapter, tuple[object, torch.Tensor]] = {}  # sources of the prompts in the store
         self.parameter_names = read_parameter_names(model)
         self.interception: NamesInterception | None = None
-        self.former_generate: Any = None
+        self.replacement: MethodReplacement | None = None  # of ``generate``
 
     def install(self) -> None:
         """Intercept the model's ``forward`` outside of all other hooks, and its ``generate``."""
         if self.interception is not None:
             self.interception.remove()
         self.interception = NamesInterception(self.model, self.run)
-        attributes = vars(self.model)
-        if self.former_generate is None and hasattr(self.model, "generate"):
-            self.former_generate = attributes.get("generate", functools.partial(type(self.model).generate, self.model))
-            attributes["generate"] = self.generate
+        if self.replacement is None and hasattr(self.model, "generate"):
+            self.replacement = MethodReplacement(self.model, "generate", self.generate)
 
     def remove(self) -> None:
-        """Remove the interceptions. Other code may still hold this object's ``generate``, which stays callable."""
+        """Remove the interceptions."""
         self.leave()
         if self.interception is not None:
             self.interception.remove()
             self.interception = None
-        attributes = vars(self.model)
-        if attributes.get("generate") == self.generate:
-            former = self.former_generate
-            if isinstance(former, functools.partial):
-                del attributes["generate"]
-            else:
-                attributes["generate"] = former
+        if self.replacement is not None:
+            self.replacement.remove()
+            self.replacement = None
 
     def run(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the model with the adapter in use, or with the adapters that the call names."""
@@ -109,20 +103,20 @@ class Routing:
             with self._select(names, count_past(arguments)):
                 return self._get_forward()(*args, **kwargs)
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
+    def generate(self, former: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Generate, with the adapter of each row if names are given."""
         names = check_names(kwargs.pop(_ARGUMENT, None))
         if names is None:
             names = get_held_names(find_cache(kwargs))
         if names is None:
-            return self.former_generate(*args, **kwargs)
+            return former(*args, **kwargs)
         check_rows(names, {**kwargs, **({"input_ids": args[0]} if args else {})})
         with torch.no_grad(), self._select(names, count_past(kwargs)):
-            former, self.generating = self.generating, names
+            outer, self.generating = self.generating, names
             try:
-                return self.former_generate(*args, **kwargs)
+                return former(*args, **kwargs)
             finally:
-                self.generating = former
+                self.generating = outer
 
     def _get_forward(self) -> Forward:
         """Return the model's forward inside this interception, with the hooks that are installed now."""

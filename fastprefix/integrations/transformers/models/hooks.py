@@ -142,15 +142,36 @@ class CallState(threading.local):
         return type(self), ()
 
 
-class Interception:
+class _Owned:
+    """A callable on a module that acts for the ``owners``, models around the module.
+
+    A copy of a part of a model, which PEFT makes of the modules that it trains, must not copy the whole model. So a
+    copy of the module without one of the owners does not act: its ``around`` is None.
+    """
+
+    module: nn.Module
+    owners: tuple[nn.Module, ...]
+    around: Callable[..., Any] | None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Owned:
+        copied = memo[id(self)] = object.__new__(type(self))
+        alone = not any(id(owner) in memo for owner in self.owners)
+        for name, value in vars(self).items():
+            if not alone or name in ("module", "inner"):
+                vars(copied)[name] = copy.deepcopy(value, memo)
+        if alone:
+            copied.around, copied.owners = None, (copied.module,)
+        return copied
+
+
+class Interception(_Owned):
     """A callable that runs a module's ``forward`` inside another function.
 
     It works for calls of the module and for direct calls of its ``forward``. It is stored in the instance attribute
     ``forward`` of the module, like accelerate's replacement. If accelerate has already replaced ``forward``, it is
     stored inside that replacement, so either can be removed first. It is copied and pickled with its module.
 
-    A copy of a part of a model, which PEFT makes of the modules that it trains, must not copy the whole model. So a
-    copy of the module without one of the ``owners``, by default the module itself, passes calls to the inner forward.
+    The only owner by default is the module itself.
     """
 
     keyword: ClassVar[str | None] = None
@@ -206,11 +227,6 @@ class Interception:
         last = [p for p in parameters if p.kind is inspect.Parameter.VAR_KEYWORD]
         return inside.replace(parameters=[*(p for p in parameters if p not in last), own, *last])
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Interception:
-        copied = memo[id(self)] = object.__new__(type(self))
-        vars(copied).update(_copy_with_owners(self, memo, {"around": None}))
-        return copied
-
     def remove(self) -> None:
         """Remove the interception. If another object still holds it, it passes every call to the inner forward."""
         self.around = None
@@ -232,32 +248,51 @@ class Interception:
                 holder = holder.inner
 
 
-class PartHook:
-    """A forward hook on a part of a model. A copy of the part without one of its ``owners`` does nothing."""
+class PartHook(_Owned):
+    """A forward hook on a part of a model."""
 
     def __init__(self, module: nn.Module, function: Callable[..., Any], owners: Sequence[nn.Module]) -> None:
         self.module = module
         self.owners = tuple(owners)
-        self.function: Callable[..., Any] | None = function
+        self.around = function
 
     def __call__(self, *args: Any) -> Any:
-        return None if self.function is None else self.function(*args)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> PartHook:
-        copied = memo[id(self)] = object.__new__(type(self))
-        vars(copied).update(_copy_with_owners(self, memo, {"function": None}))
-        return copied
+        return None if self.around is None else self.around(*args)
 
 
-def _copy_with_owners(hook: Interception | PartHook, memo: dict[int, Any], alone: dict[str, Any]) -> dict[str, Any]:
-    """Return copies of the attributes of a hook, or only those of its module if no owner is copied with it.
+class MethodReplacement:
+    """A replacement for a method of a model, as an attribute of the model until ``remove``.
 
-    ``alone`` has the values of the other attributes in that case.
+    It runs ``around(former, args, kwargs)``. Other code may have replaced the method before. If other code still holds
+    this replacement afterwards, it only calls the former method.
     """
-    if any(id(owner) in memo for owner in hook.owners):
-        return {name: copy.deepcopy(value, memo) for name, value in vars(hook).items()}
-    kept = {name: copy.deepcopy(value, memo) for name, value in vars(hook).items() if name in ("module", "inner")}
-    return {**kept, "owners": (kept["module"],), **alone}
+
+    def __init__(self, model: nn.Module, name: str, around: Around) -> None:
+        self.model = model
+        self.name = name
+        self.around: Around | None = around
+        self.former: Callable[..., Any] | None = vars(model).get(name)
+        vars(model)[name] = self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.around is None:
+            return self.call_former(*args, **kwargs)
+        return self.around(self.call_former, args, kwargs)
+
+    def call_former(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the method that the model had before."""
+        if self.former is not None:
+            return self.former(*args, **kwargs)
+        return getattr(type(self.model), self.name)(self.model, *args, **kwargs)
+
+    def remove(self) -> None:
+        """Restore the former method, unless other code has replaced it again."""
+        self.around = None
+        attributes = vars(self.model)
+        if attributes.get(self.name) is self:
+            del attributes[self.name]
+            if self.former is not None:
+                attributes[self.name] = self.former
 
 
 _FORWARD_SLOTS = ("_old_forward", "forward")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,16 @@ PEFT_NAMES = {"shared": "prompt_embeddings", "columns": "prefix_task_cols", "row
 """The parameters of a multitask prompt, and their names in PEFT's files."""
 
 
+@contextmanager
+def selecting_tasks(method: MultitaskPrompt, task_ids: Tensor | None) -> Iterator[None]:
+    """Use the prompts of these tasks in this context."""
+    former, method.task_ids = method.task_ids, task_ids
+    try:
+        yield
+    finally:
+        method.task_ids = former
+
+
 class TaskIds(Interception):
     """Remove ``task_ids`` from the calls of a module, and pass them to the method while the call runs."""
 
@@ -30,11 +42,8 @@ class TaskIds(Interception):
         """Run a call without its ``task_ids``. A call inside another call uses those of the outer call."""
         if NAME not in kwargs and self.method.task_ids is not None:
             return forward(*args, **kwargs)
-        former, self.method.task_ids = self.method.task_ids, kwargs.pop(NAME, None)
-        try:
+        with selecting_tasks(self.method, kwargs.pop(NAME, None)):
             return forward(*args, **kwargs)
-        finally:
-            self.method.task_ids = former
 
 
 class TaskIdsOfPeft(Interception):
@@ -51,11 +60,8 @@ class TaskIdsOfPeft(Interception):
         method = getattr(find_base_model(self.module), MODULE, None)
         if not isinstance(method, MultitaskPrompt) or kwargs.get(NAME) is None:
             return forward(*args, **kwargs)
-        former, method.task_ids = method.task_ids, kwargs.pop(NAME)
-        try:
+        with selecting_tasks(method, kwargs.pop(NAME)):
             return forward(*args, **kwargs)
-        finally:
-            method.task_ids = former
 
 
 def pass_task_ids(peft_model: nn.Module) -> None:

@@ -72,7 +72,6 @@ sharing a prompt saved 600 tokens in layers of 10^8 parameters, and a step took 
 """
 
 
-RANDOM_ROWS = "dropout in the model differs by row"
 DIFFERENT_ROWS = "PEFT's adapters differ by row"
 
 _WEIGHS = ContextVar("weighs", default=True)  # False while a model is compared with the textbook
@@ -232,7 +231,6 @@ class SharedPromptHooks(PromptHooks):
     def install(self, model: PreTrainedModel) -> None:
         """Switch the model's attention, and set the hooks."""
         super().install(model)
-        self.kept = None
         self.handles += [WatchHandle(self.bindings), *self.shift.install()]
         if self.implementation is None:
             self.implementation = Implementation(model, self.bindings)
@@ -322,7 +320,7 @@ class SharedPromptHooks(PromptHooks):
     def find_reason_against(self, arguments: dict[str, Any]) -> str | None:
         """Return the reason why a call must run the prompt in every row, or None if it can share the prompt."""
         if self.randomness.acts():
-            return RANDOM_ROWS
+            return "dropout in the model differs by row"
         if not self.required and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             rows = len(next(each for each in self.read_tokens(arguments) if each is not None))
             saved = (rows - self.count) * self.method.config.num_virtual_tokens

@@ -17,6 +17,7 @@ from ..models.attention import Prefix
 from ..models.discovery import Layer
 from ..models.hooks import count_past, find_cache
 from ..prefixes.gates import hold_by_row, select_rows
+from .multitask import selecting_tasks
 from .shared_prompt import PromptCall, SharedPrompt, SharedPromptHooks
 
 _TASKS = "fastprefix_tasks"
@@ -58,12 +59,9 @@ class TaskPromptHooks(SharedPromptHooks):
 
     def run_prompt(self, call: PromptCall | None = None) -> dict[int, Prefix]:
         """Compute the keys and values of all prompts in every layer, concatenated along the tokens."""
-        former = self.method.task_ids
-        self.method.task_ids = torch.arange(self.method.config.num_tasks, device=self.method.shared.device)
-        try:
+        every = torch.arange(self.method.config.num_tasks, device=self.method.shared.device)
+        with selecting_tasks(self.method, every):
             return super().run_prompt(call)
-        finally:
-            self.method.task_ids = former
 
     def find_spans(self, batch: int, arguments: dict[str, Any], past: int) -> Tensor:
         """Return the span of each row's task, int64 ``[B, 2]``. Calls that continue a cache use its tasks.
